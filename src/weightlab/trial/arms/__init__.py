@@ -1,0 +1,1 @@
+"""The arms that come with weightlab, one file a family."""
