@@ -24,8 +24,8 @@ PAPER = Paper(
         "Later versions drop the product with W for speed and became DiSHA and then MiSS, under which "
         "name the additive form now lives in Hugging Face PEFT; this entry follows the block-affine form "
         "of the first versions. Such comparisons hang on the learning rate: a larger first gradient alone "
-        "wins at a rate shared by all methods. In a small trial the additive form was faster early and "
-        "lower at the end than LoRA, so both halves of training are to be reported."
+        "wins at a rate shared by all methods. An update can also be ahead early and behind at the end, "
+        "so both halves of training are to be reported."
     ),
     room="adapters",
     parts=("adapters.BoneConfig", "adapters.bone_weight", "adapters.bone_linear"),

@@ -22,8 +22,8 @@ PAPER = Paper(
         "are scaled by the gain of the rational so that the signal keeps its size with depth. The paper "
         "reports 82.3 % on ImageNet for the base model against 79.1 % for ViT-B, although better-trained "
         "baselines of that size, such as DeiT-B at 81.8 %, come close. The official kernels are two "
-        "orders of magnitude slower than an MLP, as later work measured, and on small tasks the gain in "
-        "accuracy is at most about a point."
+        "orders of magnitude slower than an MLP, as later work measured, and the small official examples "
+        "range from no gain to a few points, at three times the time."
     ),
     room="nn",
     parts=(

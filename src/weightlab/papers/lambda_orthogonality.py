@@ -21,8 +21,9 @@ PAPER = Paper(
         "tolerance λ, through a smooth gate on the penalty. Near-unchanged performance of the new model "
         "together with cross-retrieval at the level of affine maps is claimed, across architectures and "
         "data sets. The exact form of the gate, the weights of the losses and the schedule are a "
-        "reconstruction here and are therefore arguments. In a small trial the preservation half showed "
-        "clearly, while the gain in adaptation over a strictly orthogonal map was within noise."
+        "reconstruction here and are therefore arguments. Preserving the new model is the easier half to "
+        "show; a gain in adaptation over a strictly orthogonal map needs a target that such a map cannot "
+        "reach, and many seeds."
     ),
     room="nn",
     parts=("nn.OrthogonalityPenalty", "nn.relaxed_orthogonal", "merge.fit_adapter", "merge.retrieval_report"),

@@ -1,4 +1,4 @@
-"""Exploring Learngene via Stage-wise Weight Sharing for Initializing Variable-sized Models (arXiv 2404.16897)."""
+"""Exploring Learngene via Stage-wise Weight Sharing (arXiv 2404.16897)."""
 
 from weightlab.papers.schema import Claim, Paper
 
@@ -20,11 +20,10 @@ PAPER = Paper(
         "repeated and knows its place. A descendant copies each stage's layer into the positions of that "
         "stage and is fine-tuned with untied weights. On ImageNet it is reported to beat training from "
         "scratch over many depths at a 6.6 times lower total cost, with some 20 times fewer stored "
-        "parameters and about ten times less pre-training than pre-training each size. In a small trial "
-        "the order of stages proved essential and the start far ahead of scratch at equal tuning; against "
-        "layers picked from an untied model of equal budget the order of merit changed with the seed, and "
-        "a single depth trained from scratch at equal total cost tied. The saving thus comes from serving "
-        "several depths."
+        "parameters and about ten times less pre-training than pre-training each size. A short fine- "
+        "tuning from scratch is a weak baseline. Against layers picked from an untied model of equal "
+        "budget, or one depth trained from scratch at equal total cost, the advantage is far less "
+        "certain: the saving comes from serving several depths."
     ),
     room="grow",
     parts=("grow.SharedStages", "grow.stage_schedule", "grow.expand", "grow.learngene_init_"),

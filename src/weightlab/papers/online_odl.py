@@ -18,9 +18,9 @@ PAPER = Paper(
         "unit ball of the spectral norm, so that each Frank-Wolfe step is one polar factor and the "
         "iterate stays feasible, and a running average replaces the full gradient. The gap is claimed to "
         "shrink like ln t / t^(1/4), with experiments on synthetic data and on sensor readings. Exponents "
-        "and constants of the schedule are reconstructed here from the stated rate, and several nearby "
-        "choices fail. Against scikit-learn's online dictionary learning the supportable advantage is "
-        "speed and one penalty less to tune; at that method's best penalty the accuracies are close."
+        "and constants of the schedule are reconstructed here from the stated rate, and nearby choices "
+        "can fail. Against online dictionary learning with a well-chosen penalty the advantage to expect "
+        "is speed and one knob less, not accuracy."
     ),
     room="stream",
     parts=("stream.OnlineOrthogonalDictionary",),

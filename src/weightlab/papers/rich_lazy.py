@@ -27,10 +27,10 @@ PAPER = Paper(
         "start is anisotropic, so most tasks must change it. Recurrent networks on neuroscience tasks, "
         "with synthetic and with experimentally motivated connectivity, are reported to learn more richly "
         "at lower rank, except when the low-rank subspace is aligned with the task, which can be lazy "
-        "again. The comparison is void unless the arms end at equal loss; in small experiments the "
-        "alignment of tangent kernels separates the ranks clearly, while the distance of the weights from "
-        "their start needs long training. The paper does not pin down which form of effective rank it "
-        "means, so three are offered."
+        "again. The comparison is void unless the arms end at equal loss; the alignment of tangent "
+        "kernels is the clearest of the measures, and the distance of the weights from their start the "
+        "noisiest. The paper does not pin down which form of effective rank it means, so three are "
+        "offered."
     ),
     room="init",
     parts=(

@@ -19,9 +19,9 @@ PAPER = Paper(
         "clipped is left out of the update but stays in the buffer. A much smaller orthogonalisation "
         "error is reported, and lower training loss than AdamW and Muon for a one-billion-parameter "
         "transformer. The published figures of the error are more modest in the repository's own plot "
-        "than in summaries of the paper. In a small noise-free trial higher precision did not lower the "
-        "loss, not even an exact SVD did, and clipping cost a little; robustness can only show where "
-        "outliers carry a visible share of the Frobenius norm."
+        "than in summaries of the paper. Higher precision need not mean lower loss: Muon's imprecise "
+        "steps are not known to hold it back, and without outliers clipping only removes signal. "
+        "Robustness can only show where outliers carry a visible share of the Frobenius norm."
     ),
     room="optim",
     parts=("optim.ROOT", "linalg.clip_outliers", "linalg.newton_schulz", "linalg.fit_newton_schulz"),

@@ -21,10 +21,9 @@ PAPER = Paper(
         "geometrically decaying, normalised steps. The signal directions grow to full size exponentially "
         "while the superfluous ones stay near their start, so that the final error is a power of the "
         "initial scale, independent of the assumed rank and of the size of the outliers, even where the "
-        "global minimum of the loss is not the truth. The behaviour reproduces in seconds: with a fifth "
-        "of the measurements corrupted by any amount the recovery stays accurate while least squares "
-        "fails. With few measurements the error shrinks more slowly with the initial scale than the "
-        "theory says. Under Gaussian noise the method is no better than least squares stopped early."
+        "global minimum of the loss is not the truth. With few measurements the error shrinks more slowly "
+        "with the initial scale than the theory says. Under Gaussian noise the method is no better than "
+        "least squares stopped early."
     ),
     room="optim",
     parts=("optim.SubGM", "optim.robust_recover"),

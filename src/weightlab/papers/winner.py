@@ -17,12 +17,12 @@ PAPER = Paper(
         "WINNER adds Gaussian noise to the initial weights of the first two layers, with scales computed "
         "from the spectral centroid of the target, and changes nothing else. State-of-the-art audio "
         "fitting and gains on images and denoising are claimed, against SIREN, FINER, WIRE, Gaussian and "
-        "Fourier-feature networks. The stuck SIREN and its cure do show within seconds on band-limited "
-        "noise, but a SIREN whose first frequency is tuned is a far stronger baseline than the usual "
-        "factor of 30, and noise in the first layer is nearly a random-Fourier-feature layer of the same "
-        "spread. The scale rule does not know the length of the signal, and the official code divides by "
-        "the number of channels several times over. The second version changes the title's first part to "
-        "name sinusoidal representation networks and has six authors."
+        "Fourier-feature networks. The stuck SIREN is easily provoked with band-limited noise, but a "
+        "SIREN whose first frequency is tuned is a far stronger baseline than the usual factor of 30, and "
+        "noise in the first layer is nearly a random-Fourier-feature layer of the same spread. The scale "
+        "rule does not know the length of the signal, and the official code divides by the number of "
+        "channels several times over. The second version changes the title's first part to name "
+        "sinusoidal representation networks and has six authors."
     ),
     room="init",
     parts=(
