@@ -1,0 +1,5 @@
+"""`python -m weightlab` is the `weightlab` command."""
+
+from weightlab.cli import main
+
+main()

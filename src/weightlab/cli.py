@@ -1,0 +1,403 @@
+"""The command line: `weightlab trial`, `papers`, `reproduce`, `report`.
+
+Nothing here imports torch until a verb needs it, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+
+from weightlab.exceptions import UsageError, WeightlabError
+
+if TYPE_CHECKING:
+    from weightlab.trial.result import TrialReport
+
+INTERRUPTED = 130
+
+app = typer.Typer(
+    help="Methods about neural-network weights as PyTorch parts, and fair trials that measure what they are worth.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+papers_app = typer.Typer(help="The forty papers: list, search, show.", rich_markup_mode="markdown")
+app.add_typer(papers_app, name="papers")
+
+stdout = Console()
+stderr = Console(stderr=True)
+
+
+class EngineName(StrEnum):
+    """Where runs are carried out."""
+
+    local = "local"
+    process = "process"
+    ray = "ray"
+
+
+class ScaleName(StrEnum):
+    """How much a claim may cost."""
+
+    smoke = "smoke"
+    cpu = "cpu"
+    gpu = "gpu"
+
+
+class Order(StrEnum):
+    """Order of the reading list."""
+
+    date = "date"
+    room = "room"
+    status = "status"
+
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.", rich_help_panel="Output")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.", rich_help_panel="Output")]
+
+
+def _names(text: str | None) -> list[str]:
+    return [name.strip() for name in (text or "").split(",") if name.strip()]
+
+
+def _print_json(value: Any) -> None:
+    from weightlab.trial.report.export import dumps
+
+    sys.stdout.write(dumps(value) + "\n")
+
+
+@app.command()
+def trial(
+    task: Annotated[
+        str, typer.Option(help="Task, or several by comma: a name such as `docs-gpt`, or `my_task.py:task`.")
+    ],
+    arms: Annotated[
+        str, typer.Option(help="Arms by comma: names such as `adamw,muon,auon`, or `my_arm.py:arm`.")
+    ],
+    baseline: Annotated[
+        str | None, typer.Option(help="Arm that the others are compared with. Default: the first.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps a run. Default: the task's.")] = None,
+    tune: Annotated[
+        int, typer.Option(help="Quasi-random tuning points an arm; 0 takes default hyper-parameters.")
+    ] = 6,
+    seeds: Annotated[int, typer.Option(help="Seeds to report on, paired between arms.")] = 5,
+    tune_seeds: Annotated[
+        int, typer.Option(help="Seeds a tuning point, other than the reported ones.", rich_help_panel="Protocol")
+    ] = 1,
+    widen: Annotated[
+        int,
+        typer.Option(
+            help="Further tuning rounds for all arms, spaces widened where an optimum lay at the edge.",
+            rich_help_panel="Protocol",
+        ),
+    ] = 0,
+    minimal_effect: Annotated[
+        float | None,
+        typer.Option(
+            help="Smallest improvement worth claiming, in metric units. Default: the task's.",
+            rich_help_panel="Protocol",
+        ),
+    ] = None,
+    level: Annotated[
+        float, typer.Option(help="Confidence level of intervals and verdicts.", rich_help_panel="Protocol")
+    ] = 0.95,
+    eval_points: Annotated[
+        int, typer.Option(help="Evaluations along a run.", rich_help_panel="Protocol")
+    ] = 10,
+    store: Annotated[
+        Path, typer.Option(help="SQLite file that keeps every run; a trial resumes from it.", rich_help_panel="Running")
+    ] = Path("weightlab.sqlite"),
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for report.html, report.json, runs.csv. Default: weightlab-out/TASK.", rich_help_panel="Running"),
+    ] = None,
+    engine: Annotated[
+        EngineName, typer.Option(help="Where runs happen; the numbers are the same.", rich_help_panel="Running")
+    ] = EngineName.local,
+    workers: Annotated[
+        int | None,
+        typer.Option(help="Runs at once (process, ray). Default: one a core.", rich_help_panel="Running"),
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(help="Ray cluster to join, e.g. `auto`.", rich_help_panel="Running"),
+    ] = None,
+    threads: Annotated[
+        int, typer.Option(help="CPU threads a run; results on CPU depend on it.", rich_help_panel="Running")
+    ] = 1,
+    device: Annotated[str, typer.Option(help="Torch device: cpu, cuda, cuda:1, mps.", rich_help_panel="Running")] = "cpu",
+    timeout: Annotated[
+        float | None,
+        typer.Option(help="Seconds after which a run counts as failed.", rich_help_panel="Running"),
+    ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start over: do not reuse this trial's stored runs.", rich_help_panel="Running")
+    ] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Put methods on trial against a baseline: equal tuning, paired seeds, intervals, a verdict.
+
+    Each arm is tuned on --tune points, then run on --seeds fresh seeds with the same initial weights and
+    data order as the baseline. Ctrl-C keeps what was done; the same command continues.
+
+    **Examples**
+
+    `weightlab trial --task docs-gpt --arms adamw,muon,auon`
+
+    `weightlab trial --task digits-mlp --arms adamw,auon --tune 8 --seeds 10 --engine process`
+
+    `weightlab trial --task my_task.py:task --arms adamw,my_arm.py:arm`
+    """
+    tasks, chosen = _names(task), _names(arms)
+    if not tasks:
+        raise UsageError("no task given; try --task docs-gpt")
+    from weightlab.trial.profiles import performance_profile
+    from weightlab.trial.report import export, html, live, terminal
+    from weightlab.trial.trial import run_trial
+
+    command = _command()
+    folder = out or Path("weightlab-out") / ("+".join(tasks) if len(tasks) < 4 else "trials").replace(os.sep, "_").replace(":", "_")
+    reports: list[TrialReport] = []
+    for name in tasks:
+        with live.LiveDisplay(title=f"{name}: {', '.join(chosen)}", quiet=as_json) as display:
+            reports.append(
+                run_trial(
+                    name, chosen, baseline=baseline, steps=steps, tune=tune, tune_seeds=tune_seeds, seeds=seeds,
+                    widen=widen, eval_points=eval_points, threads=threads, device=device, timeout=timeout,
+                    minimal_effect=minimal_effect, level=level, store=store, fresh=fresh, engine=engine.value,
+                    workers=workers, address=address, display=display, command=command,
+                )
+            )  # fmt: skip
+    profile = None
+    if len(reports) > 1:
+        profile = performance_profile(_times_to_target(reports), [report.task for report in reports])
+    page = _write_reports(reports, profile, folder)
+    if as_json:
+        objects = [report.to_dict() for report in reports]
+        _print_json(objects[0] if profile is None else {"trials": objects, "profile": profile.to_dict()})
+    else:
+        for report in reports:
+            terminal.render(report, console=stdout)
+        if profile is not None:
+            terminal.render_profile(profile, console=stdout)
+        stdout.print(f"Report: {page}", style="bold", soft_wrap=True)
+    _fail_if_an_arm_never_ran(reports)
+
+
+def _command() -> str:
+    return shlex.join(["weightlab", *sys.argv[1:]])
+
+
+def _times_to_target(reports: Sequence[TrialReport]) -> dict[str, list[float | None]]:
+    names = [arm.name for arm in reports[0].arms]
+    times: dict[str, list[float | None]] = {name: [] for name in names}
+    for report in reports:
+        reached: dict[str, float | None] = {}
+        for arm in report.arms:
+            if arm.versus is not None:
+                reached.update(arm.versus.time_to_target)
+        for name in names:
+            times[name].append(reached.get(name))
+    return times
+
+
+def _write_reports(reports: Sequence[TrialReport], profile: Any, folder: Path) -> Path:
+    from weightlab.trial.report import export, html
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for report in reports:
+        stem = "" if len(reports) == 1 else f"-{Path(report.task).stem}"
+        export.write_json(report, folder / f"report{stem}.json")
+        export.write_csv(report, folder / f"runs{stem}.csv")
+    return html.write(reports, folder / "report.html", profile=profile)
+
+
+def _fail_if_an_arm_never_ran(reports: Sequence[TrialReport]) -> None:
+    broken = [
+        f"{arm.name} on {report.task} ({arm.runs[0].error})"
+        for report in reports
+        for arm in report.arms
+        if all(run.status in ("error", "timeout") for run in arm.runs)
+    ]
+    if broken:
+        raise WeightlabError(f"failed in every run: {'; '.join(broken)}")
+
+
+@app.command()
+def report(
+    store: Annotated[Path, typer.Option(help="SQLite file that trials were kept in.")] = Path("weightlab.sqlite"),
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """List the trials in a store: verdicts, and the command that shows each again without new runs.
+
+    **Example**: `weightlab report --store weightlab.sqlite`
+    """
+    from contextlib import closing
+
+    from rich.table import Table
+
+    from weightlab.trial.store import Store
+
+    if not store.exists():
+        raise UsageError(f"there is no store at {store}; name one with --store, or run a trial first")
+    with closing(Store(store, read_only=True)) as opened:
+        kept = list(opened.trials())
+    if as_json:
+        _print_json(kept)
+        return
+    table = Table("when", "task", "verdicts", "command", box=None, header_style="bold")
+    for entry in kept:
+        verdicts = [
+            f"{arm['name']} {arm['versus']['verdict']}" for arm in entry["arms"] if arm["versus"] is not None
+        ]
+        table.add_row(entry["created_at"], entry["task"], "\n".join(verdicts), entry["command"])
+    stdout.print(table if kept else f"no finished trial in {store}")
+
+
+@papers_app.callback(invoke_without_command=True)
+def papers(
+    context: typer.Context,
+    by: Annotated[Order, typer.Option(help="Order: newest first, by room, or by status.")] = Order.date,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """List the forty papers like a reading list: what each gives, how far it is built, what we measured.
+
+    **Examples**: `weightlab papers --by room`, `weightlab papers search quantisation`, `weightlab papers show auon`
+    """
+    if context.invoked_subcommand is not None:
+        return
+    from weightlab.papers import catalogue, display
+
+    if as_json:
+        _print_json(catalogue.to_json())
+    else:
+        display.reading_list(catalogue.all_papers(), by=by.value, console=stdout)
+
+
+@papers_app.command()
+def search(
+    text: Annotated[list[str], typer.Argument(help="Words to look for in titles, summaries, parts, authors.")],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Rank papers by how well they match some words.
+
+    **Example**: `weightlab papers search orthogonal convolution`
+    """
+    from weightlab.papers import catalogue, display
+
+    found = catalogue.search(" ".join(text))
+    if as_json:
+        objects = {entry["slug"]: entry for entry in catalogue.to_json()}
+        _print_json([{**objects[entry.paper.slug], "score": score} for entry, score in found])
+    else:
+        display.search_results(found, console=stdout)
+
+
+@papers_app.command()
+def show(
+    slug: Annotated[str, typer.Argument(help="A paper's short name, as listed by `weightlab papers`.")],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Print everything about one paper, and how to try it.
+
+    **Example**: `weightlab papers show auon`
+    """
+    from weightlab.papers import catalogue, display
+
+    entry = catalogue.get(slug)
+    if as_json:
+        _print_json(next(item for item in catalogue.to_json() if item["slug"] == entry.paper.slug))
+    else:
+        display.show(entry, console=stdout)
+
+
+@app.command()
+def reproduce(
+    slug: Annotated[str, typer.Argument(help="A paper's short name, or `all`.")],
+    scale: Annotated[
+        ScaleName, typer.Option(help="smoke: seconds; cpu: up to 6 minutes a paper; gpu: up to 10 minutes.")
+    ] = ScaleName.smoke,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for SLUG.json. Default: docs/record in a source checkout, else weightlab-out/record."),
+    ] = None,
+    engine: Annotated[EngineName, typer.Option(help="Where a claim's trials run.")] = EngineName.local,
+    workers: Annotated[int | None, typer.Option(help="Runs at once (process, ray).")] = None,
+    device: Annotated[str | None, typer.Option(help="Torch device. Default: cuda at gpu scale, else cpu.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Re-measure a paper's claims by the protocol in its catalogue entry, and keep the record.
+
+    **Examples**: `weightlab reproduce auon --scale cpu`, `weightlab reproduce all --scale smoke`
+    """
+    from weightlab.papers import reproduce as reproduction
+
+    reproduction.command(
+        slug, scale=scale.value, out=out, engine=engine.value, workers=workers, device=device, as_json=as_json
+    )
+
+
+def _explain(error: BaseException) -> str:
+    lines = [line for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
+    return "\n".join(lines[:2])
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0, 1 for a failure, 2 for a wrong request, 130 for Ctrl-C."""
+    import click
+
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    say: Callable[[str], None] = lambda text: stderr.print(text, markup=False, highlight=False, soft_wrap=True)  # noqa: E731
+    try:
+        code = typer.main.get_command(app).main(args=arguments, prog_name="weightlab", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except click.exceptions.NoArgsIsHelpError as error:
+        say(error.format_message())
+        return 2
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        say("\nStopped. Finished runs are kept; the same command continues.")
+        return INTERRUPTED
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - whoever read our output is gone; say no more
+        return 0
+    except Exception as error:
+        if debug:
+            raise
+        if isinstance(error, WeightlabError):
+            say(f"Error: {_explain(error)}")
+            return error.exit_code
+        say(f"Error: {type(error).__name__}: {_explain(error)}\n(unexpected; --debug shows where)")
+        return 1
+
+
+def main() -> NoReturn:
+    """Entry point of the `weightlab` command."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    sys.exit(run())

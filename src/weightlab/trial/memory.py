@@ -1,0 +1,69 @@
+"""Peak memory of a run, and the exact size of optimizer state."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+MIB = 2**20
+
+
+class PeakMemory:
+    """Peak memory since construction, in MiB.
+
+    On an accelerator: allocated device memory. On the CPU: the resident set of this process; where
+    the kernel cannot reset that mark (outside Linux) it is the process's peak so far.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        elif sys.platform == "linux":
+            try:
+                Path("/proc/self/clear_refs").write_text("5")
+            except OSError:
+                pass
+
+    def read(self) -> float | None:
+        """Return the peak in MiB, `None` where the system does not tell."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / MIB
+        if sys.platform == "linux":
+            for line in Path("/proc/self/status").read_text().splitlines():
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) / 1024
+        try:
+            import resource
+        except ImportError:
+            return None
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak / MIB if sys.platform == "darwin" else peak / 1024
+
+
+def state_size(optimizers: Iterable[Optimizer]) -> float:
+    """Return the size of all tensors in the optimizers' state, in MiB.
+
+    Example:
+        >>> weight = torch.zeros(256, 1024, requires_grad=True)
+        >>> optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9)
+        >>> weight.sum().backward()
+        >>> optimizer.step()
+        >>> state_size([optimizer])
+        1.0
+    """
+    return (
+        sum(
+            value.numel() * value.element_size()
+            for optimizer in optimizers
+            for state in optimizer.state.values()
+            for value in state.values()
+            if isinstance(value, Tensor)
+        )
+        / MIB
+    )
