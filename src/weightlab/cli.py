@@ -5,12 +5,11 @@ Nothing here imports torch until a verb needs it, so that `--help` answers at on
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -64,8 +63,12 @@ class Order(StrEnum):
     status = "status"
 
 
-Debug = Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.", rich_help_panel="Output")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.", rich_help_panel="Output")]
+Debug = Annotated[
+    bool, typer.Option("--debug", help="Show the full traceback of an error.", rich_help_panel="Output")
+]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on standard output.", rich_help_panel="Output")
+]
 
 
 def _names(text: str | None) -> list[str]:
@@ -95,7 +98,8 @@ def trial(
     ] = 6,
     seeds: Annotated[int, typer.Option(help="Seeds to report on, paired between arms.")] = 5,
     tune_seeds: Annotated[
-        int, typer.Option(help="Seeds a tuning point, other than the reported ones.", rich_help_panel="Protocol")
+        int,
+        typer.Option(help="Seeds a tuning point, other than the reported ones.", rich_help_panel="Protocol"),
     ] = 1,
     widen: Annotated[
         int,
@@ -118,14 +122,21 @@ def trial(
         int, typer.Option(help="Evaluations along a run.", rich_help_panel="Protocol")
     ] = 10,
     store: Annotated[
-        Path, typer.Option(help="SQLite file that keeps every run; a trial resumes from it.", rich_help_panel="Running")
+        Path,
+        typer.Option(
+            help="SQLite file that keeps every run; a trial resumes from it.", rich_help_panel="Running"
+        ),
     ] = Path("weightlab.sqlite"),
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder for report.html, report.json, runs.csv. Default: weightlab-out/TASK.", rich_help_panel="Running"),
+        typer.Option(
+            help="Folder for report.html, report.json, runs.csv. Default: weightlab-out/TASK.",
+            rich_help_panel="Running",
+        ),
     ] = None,
     engine: Annotated[
-        EngineName, typer.Option(help="Where runs happen; the numbers are the same.", rich_help_panel="Running")
+        EngineName,
+        typer.Option(help="Where runs happen; the numbers are the same.", rich_help_panel="Running"),
     ] = EngineName.local,
     workers: Annotated[
         int | None,
@@ -138,13 +149,18 @@ def trial(
     threads: Annotated[
         int, typer.Option(help="CPU threads a run; results on CPU depend on it.", rich_help_panel="Running")
     ] = 1,
-    device: Annotated[str, typer.Option(help="Torch device: cpu, cuda, cuda:1, mps.", rich_help_panel="Running")] = "cpu",
+    device: Annotated[
+        str, typer.Option(help="Torch device: cpu, cuda, cuda:1, mps.", rich_help_panel="Running")
+    ] = "cpu",
     timeout: Annotated[
         float | None,
         typer.Option(help="Seconds after which a run counts as failed.", rich_help_panel="Running"),
     ] = None,
     fresh: Annotated[
-        bool, typer.Option("--fresh", help="Start over: do not reuse this trial's stored runs.", rich_help_panel="Running")
+        bool,
+        typer.Option(
+            "--fresh", help="Start over: do not reuse this trial's stored runs.", rich_help_panel="Running"
+        ),
     ] = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -166,11 +182,13 @@ def trial(
     if not tasks:
         raise UsageError("no task given; try --task docs-gpt")
     from weightlab.trial.profiles import performance_profile
-    from weightlab.trial.report import export, html, live, terminal
+    from weightlab.trial.report import live, terminal
     from weightlab.trial.trial import run_trial
 
     command = _command()
-    folder = out or Path("weightlab-out") / ("+".join(tasks) if len(tasks) < 4 else "trials").replace(os.sep, "_").replace(":", "_")
+    folder = out or Path("weightlab-out") / ("+".join(tasks) if len(tasks) < 4 else "trials").replace(
+        os.sep, "_"
+    ).replace(":", "_")
     reports: list[TrialReport] = []
     for name in tasks:
         with live.LiveDisplay(title=f"{name}: {', '.join(chosen)}", quiet=as_json) as display:
@@ -239,7 +257,9 @@ def _fail_if_an_arm_never_ran(reports: Sequence[TrialReport]) -> None:
 
 @app.command()
 def report(
-    store: Annotated[Path, typer.Option(help="SQLite file that trials were kept in.")] = Path("weightlab.sqlite"),
+    store: Annotated[Path, typer.Option(help="SQLite file that trials were kept in.")] = Path(
+        "weightlab.sqlite"
+    ),
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -292,7 +312,9 @@ def papers(
 
 @papers_app.command()
 def search(
-    text: Annotated[list[str], typer.Argument(help="Words to look for in titles, summaries, parts, authors.")],
+    text: Annotated[
+        list[str], typer.Argument(help="Words to look for in titles, summaries, parts, authors.")
+    ],
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -337,11 +359,15 @@ def reproduce(
     ] = ScaleName.smoke,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder for SLUG.json. Default: docs/record in a source checkout, else weightlab-out/record."),
+        typer.Option(
+            help="Folder for SLUG.json. Default: docs/record in a source checkout, else weightlab-out/record."
+        ),
     ] = None,
     engine: Annotated[EngineName, typer.Option(help="Where a claim's trials run.")] = EngineName.local,
     workers: Annotated[int | None, typer.Option(help="Runs at once (process, ray).")] = None,
-    device: Annotated[str | None, typer.Option(help="Torch device. Default: cuda at gpu scale, else cpu.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Torch device. Default: cuda at gpu scale, else cpu.")
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -367,7 +393,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
-    say: Callable[[str], None] = lambda text: stderr.print(text, markup=False, highlight=False, soft_wrap=True)  # noqa: E731
+
+    def say(text: str) -> None:
+        stderr.print(text, markup=False, highlight=False, soft_wrap=True)
+
     try:
         code = typer.main.get_command(app).main(args=arguments, prog_name="weightlab", standalone_mode=False)
         return code if isinstance(code, int) else 0

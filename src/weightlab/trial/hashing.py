@@ -24,7 +24,11 @@ def derive_seed(seed: int, purpose: str) -> int:
 
 def _bytes(tensor: Tensor) -> bytes:
     data = tensor.detach().to("cpu").contiguous()
-    return data.view(torch.uint8).numpy().tobytes() if data.dim() else data.reshape(1).view(torch.uint8).numpy().tobytes()
+    return (
+        data.view(torch.uint8).numpy().tobytes()
+        if data.dim()
+        else data.reshape(1).view(torch.uint8).numpy().tobytes()
+    )
 
 
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:

@@ -61,7 +61,9 @@ def _arm_from_file(ref: str, fingerprint: str) -> Arm:
     if callable(thing) and not isinstance(thing, Arm):
         thing = thing()
     if not isinstance(thing, Arm):
-        raise UsageError(f"{ref} is a {type(thing).__name__}, not a weightlab.trial.Arm: make it Arm(name=..., ...)")
+        raise UsageError(
+            f"{ref} is a {type(thing).__name__}, not a weightlab.trial.Arm: make it Arm(name=..., ...)"
+        )
     return thing
 
 
@@ -84,7 +86,9 @@ def arm(ref: str) -> Arm:
     if ref not in known:
         near = difflib.get_close_matches(ref, known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise UsageError(f"unknown arm {ref!r}; {hint}known arms: {', '.join(sorted(known))} (or path.py:object)")
+        raise UsageError(
+            f"unknown arm {ref!r}; {hint}known arms: {', '.join(sorted(known))} (or path.py:object)"
+        )
     return known[ref]
 
 
@@ -118,12 +122,16 @@ def arm_fingerprint(ref: str) -> str:
 
 
 def _settings(thing: object) -> str:
-    computed = {name for name in dir(type(thing)) if isinstance(getattr(type(thing), name, None), cached_property)}
+    computed = {
+        name for name in dir(type(thing)) if isinstance(getattr(type(thing), name, None), cached_property)
+    }
     return repr(
         {
             name: value
             for name, value in sorted(vars(thing).items())
-            if isinstance(value, (int, float, str, bool, tuple)) and not name.startswith("_") and name not in computed
+            if isinstance(value, (int, float, str, bool, tuple))
+            and not name.startswith("_")
+            and name not in computed
         }
     )
 
@@ -131,6 +139,8 @@ def _settings(thing: object) -> str:
 def task_fingerprint(ref: str) -> str:
     """Hash a task's code, settings and data."""
     loaded = task(ref)
-    code = source_fingerprint(ref) if is_file_reference(ref) and not is_live(ref) else _source_hash(type(loaded))
+    code = (
+        source_fingerprint(ref) if is_file_reference(ref) and not is_live(ref) else _source_hash(type(loaded))
+    )
     text = "\n".join([code, _settings(loaded), loaded.fingerprint()])
     return hashlib.sha256(text.encode()).hexdigest()[:32]

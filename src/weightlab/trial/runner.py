@@ -6,7 +6,7 @@ import math
 import platform
 import socket
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from time import perf_counter
 from typing import Any
@@ -62,7 +62,9 @@ def endless(task: Task, generator: torch.Generator) -> Iterator[Any]:
             empty = False
             yield batch
         if empty:
-            raise TaskError(f"task {task.name!r}: batches('train', generator) yields nothing; it must yield batches")
+            raise TaskError(
+                f"task {task.name!r}: batches('train', generator) yields nothing; it must yield batches"
+            )
 
 
 def describe(error: BaseException) -> str:
@@ -82,7 +84,9 @@ def evaluate(task: Task, model: nn.Module, split: Split) -> dict[str, float]:
     model.train(training)
     if not isinstance(values, dict) or task.metric not in values:
         given = sorted(values) if isinstance(values, dict) else type(values).__name__
-        raise TaskError(f"task {task.name!r}: evaluate() must return a dict with {task.metric!r}; it returned {given}")
+        raise TaskError(
+            f"task {task.name!r}: evaluate() must return a dict with {task.metric!r}; it returned {given}"
+        )
     return {name: float(value) for name, value in values.items()}
 
 
@@ -93,7 +97,9 @@ def check_loss(task: Task, loss: object) -> None:
         TaskError: When it is not a scalar tensor that requires gradients.
     """
     if not isinstance(loss, Tensor):
-        raise TaskError(f"task {task.name!r}: loss() must return a scalar tensor; it returned {type(loss).__name__}")
+        raise TaskError(
+            f"task {task.name!r}: loss() must return a scalar tensor; it returned {type(loss).__name__}"
+        )
     if loss.dim() != 0:
         raise TaskError(
             f"task {task.name!r}: loss() must return a scalar tensor; it returned shape {tuple(loss.shape)} "
@@ -156,7 +162,9 @@ class Run:
         torch.manual_seed(derive_seed(spec.seed, "weights"))
         model = task.build(torch.Generator().manual_seed(derive_seed(spec.seed, "weights")))
         if not isinstance(model, nn.Module):
-            raise TaskError(f"task {task.name!r}: build() must return an nn.Module; it returned {type(model).__name__}")
+            raise TaskError(
+                f"task {task.name!r}: build() must return an nn.Module; it returned {type(model).__name__}"
+            )
         self.weights_hash = hash_tensors(model.state_dict())
         model.to(self.device)
         values = evaluate(task, model, spec.split)
@@ -234,7 +242,9 @@ class Run:
         assert self.untrained is not None
         value = self.metrics[task.metric]
         if (value > self.untrained) if task.mode == "min" else (value < self.untrained):
-            raise Diverged(f"ended with {task.metric} {value:.4g}, worse than the untrained model's {self.untrained:.4g}")
+            raise Diverged(
+                f"ended with {task.metric} {value:.4g}, worse than the untrained model's {self.untrained:.4g}"
+            )
 
     def result(self, status: Status, error: str | None = None) -> RunResult:
         """Sum up the run as it stands."""

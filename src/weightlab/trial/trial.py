@@ -174,7 +174,9 @@ def plan(
         tuning.validate_space(arm.name, arm.search_space)
         missing = [name for name in arm.search_space if name not in arm.defaults]
         if tune == 0 and missing:
-            raise UsageError(f"arm {arm.name!r} has no default for {', '.join(missing)}: use --tune 1 or more")
+            raise UsageError(
+                f"arm {arm.name!r} has no default for {', '.join(missing)}: use --tune 1 or more"
+            )
     return Plan(
         task=loaded_task,
         task_ref=task_ref,
@@ -380,7 +382,9 @@ class Trial:
     def best(self, tried: Tried) -> tuple[Mapping[str, Scalar], list[RunResult]]:
         """Return the point with the best mean validation score; the first of equals."""
         sign = 1 if self.plan.task.mode == "min" else -1
-        ranked = [(all(run.status != "ok" for run in runs), sign * self.mean_score(runs)) for _, runs in tried]
+        ranked = [
+            (all(run.status != "ok" for run in runs), sign * self.mean_score(runs)) for _, runs in tried
+        ]
         return tried[min(range(len(tried)), key=ranked.__getitem__)]
 
     def report(self, command: str = "") -> TrialReport:
@@ -403,7 +407,8 @@ class Trial:
                 f"the baseline {plan.baseline!r} failed in every tuning run: {hopeless[plan.baseline].error}"
             )
         jobs = {
-            arm.name: [self.job(arm, chosen[arm.name], seed, "test") for seed in plan.seeds] for arm in plan.arms
+            arm.name: [self.job(arm, chosen[arm.name], seed, "test") for seed in plan.seeds]
+            for arm in plan.arms
         }
         results = self.run("report runs", _take_turns([jobs[name] for name in jobs if name not in hopeless]))
         for name, failed in hopeless.items():
@@ -412,7 +417,9 @@ class Trial:
                 results[job.spec.key] = RunResult(job.spec, failed.status, error=error)
         by_arm = {name: [results[job.spec.key] for job in jobs[name]] for name in jobs}
         if all(run.status in ("error", "timeout") for run in by_arm[plan.baseline]):
-            raise TrialError(f"the baseline {plan.baseline!r} failed in every run: {by_arm[plan.baseline][0].error}")
+            raise TrialError(
+                f"the baseline {plan.baseline!r} failed in every run: {by_arm[plan.baseline][0].error}"
+            )
         report = self._write(tried, chosen, by_arm, command)
         self.store.save_trial(self.key, report.to_dict())
         return report
@@ -427,7 +434,8 @@ class Trial:
         plan = self.plan
         seed_runs = {
             name: [
-                SeedRun(r.spec.seed, self.score(r), r.status, r.curve, r.train_seconds, r.error) for r in results
+                SeedRun(r.spec.seed, self.score(r), r.status, r.curve, r.train_seconds, r.error)
+                for r in results
             ]
             for name, results in by_arm.items()
         }
@@ -453,7 +461,8 @@ class Trial:
             space = self._spaces[arm.name] if plan.tune else {}
             edges = tuple(tuning.edges(space, chosen[arm.name])) if space else ()
             notes += [
-                f"{arm.name}: tuned {edge}; its true optimum may lie outside (try --widen 1)" for edge in edges
+                f"{arm.name}: tuned {edge}; its true optimum may lie outside (try --widen 1)"
+                for edge in edges
             ]
             reports.append(
                 ArmReport(
@@ -467,12 +476,18 @@ class Trial:
                     edges=edges,
                     runs=tuple(seed_runs[arm.name]),
                     mean=statistics.fmean(scores),
-                    std=statistics.stdev(scores) if len(scores) > 1 and all(map(math.isfinite, scores)) else 0.0,
+                    std=statistics.stdev(scores)
+                    if len(scores) > 1 and all(map(math.isfinite, scores))
+                    else 0.0,
                     failures=sum(run.status != "ok" for run in seed_runs[arm.name]),
                     step_ms=step_ms[arm.name],
                     train_seconds=_median(r.train_seconds for r in by_arm[arm.name]),
-                    peak_memory_mb=max((r.peak_memory_mb for r in by_arm[arm.name] if r.peak_memory_mb), default=None),
-                    state_mb=max((r.state_mb for r in by_arm[arm.name] if r.state_mb is not None), default=None),
+                    peak_memory_mb=max(
+                        (r.peak_memory_mb for r in by_arm[arm.name] if r.peak_memory_mb), default=None
+                    ),
+                    state_mb=max(
+                        (r.state_mb for r in by_arm[arm.name] if r.state_mb is not None), default=None
+                    ),
                     versus=versus.get(arm.name),
                 )
             )
