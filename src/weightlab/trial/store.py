@@ -220,15 +220,15 @@ class Store:
                     (trial_key, _now(), text),
                 )
 
-    def trials(self) -> dict[str, dict[str, Any]]:
-        """Return trial key -> latest definition; the trial saved last comes last."""
+    def trials(self) -> list[dict[str, Any]]:
+        """Return the latest definition of every trial; the one saved last comes last."""
         rows = self._read(
-            "SELECT key, definition FROM trials WHERE id IN (SELECT max(id) FROM trials GROUP BY key)"
+            "SELECT definition FROM trials WHERE id IN (SELECT max(id) FROM trials GROUP BY key)"
             " ORDER BY id",
             (),
         )
         try:
-            return {key: json.loads(text) for key, text in rows}
+            return [json.loads(text) for (text,) in rows]
         except ValueError as error:
             raise self._damaged(str(error)) from error
 
