@@ -1,0 +1,518 @@
+"""The report's figures as SVG text, drawn by matplotlib and coloured by the page's CSS variables.
+
+Colours are placeholders while matplotlib draws and become `var(--arm-0)`, `currentColor`, ... at the
+end, so that one drawing is legible on light and dark pages alike. No global state of matplotlib is
+used or left behind, and equal input gives equal bytes.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from weightlab._lazy import require
+from weightlab.trial.report import wording
+from weightlab.trial.result import ArmReport, Profile, SeedRun, TrialReport, TuningPoint
+
+ARM_COLOURS = 8
+"""Colours the page defines as `--arm-0`, ...; further arms use them again with other dashes."""
+
+DASHES = ("", "7 3", "2 2", "9 3 2 3", "5 2", "3 1.5", "11 3", "6 2 2 2 2 2")
+"""Stroke patterns that tell arms apart without colour, in points at line width 1.6."""
+
+_TEXT, _MUTED, _GRID, _GOOD, _PAGE = "#111213", "#717273", "#d1d2d3", "#0a9b0c", "#fafbfc"
+_ARMS = tuple(f"#a0{index:02x}f{index:x}" for index in range(ARM_COLOURS))
+_VARIABLES = {
+    _TEXT: "currentColor",
+    _MUTED: "var(--muted)",
+    _GRID: "var(--line)",
+    _GOOD: "var(--held)",
+    _PAGE: "var(--card)",
+    **{colour: f"var(--arm-{index})" for index, colour in enumerate(_ARMS)},
+}
+_RC = {
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+    "text.usetex": False,
+    "font.family": ["DejaVu Sans"],
+    "font.size": 9.0,
+    "path.simplify": True,
+    "axes.unicode_minus": True,
+    "axes.formatter.useoffset": False,
+    "axes.edgecolor": _MUTED,
+    "axes.labelcolor": _TEXT,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": _GRID,
+    "grid.linewidth": 0.6,
+    "text.color": _TEXT,
+    "xtick.color": _MUTED,
+    "ytick.color": _MUTED,
+    "xtick.labelcolor": _TEXT,
+    "ytick.labelcolor": _TEXT,
+    "lines.linewidth": 1.6,
+    "lines.scale_dashes": False,
+}
+_MOST_POINTS = 200
+
+
+def colour(index: int) -> int:
+    """Return which `--arm-N` variable an arm uses: the baseline is arm 0 and has that one to itself."""
+    return 0 if index == 0 else 1 + (index - 1) % (ARM_COLOURS - 1)
+
+
+def dash(index: int) -> str:
+    """Return an arm's stroke pattern as SVG's `stroke-dasharray`; empty for a solid line."""
+    return "" if index == 0 else DASHES[1 + (index - 1) % (len(DASHES) - 1)]
+
+
+@contextmanager
+def _figure(width: float, height: float) -> Iterator[Any]:
+    """Yield a figure of a size in inches, with our style in force until the block ends."""
+    matplotlib = require("matplotlib", "trial")
+    figures = require("matplotlib.figure", "trial")
+    with matplotlib.rc_context(_RC), warnings.catch_warnings():
+        # Names in scripts that matplotlib's own font lacks are drawn by the browser's fonts.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
+        yield figures.Figure(figsize=(width, height), layout="constrained", facecolor="none")
+
+
+def _svg(figure: Any, salt: str, label: str) -> str:
+    """Return the figure as an `<svg>` element without fixed size, dates or colliding ids."""
+    import io
+
+    matplotlib = require("matplotlib", "trial")
+    backend = require("matplotlib.backends.backend_svg", "trial")
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": salt}):
+        backend.FigureCanvasSVG(figure).print_svg(
+            buffer, metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
+        )
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :].strip()
+    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
+    text = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", text)
+    text = re.sub(r"#[0-9a-f]{6}\b", lambda found: _VARIABLES.get(found.group(), found.group()), text)
+    text = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", text)
+    text = re.sub(r'^(<svg [^>]*?) width="[^"]*"', r"\1", text)
+    text = re.sub(r'^(<svg [^>]*?) height="[^"]*"', r"\1", text)
+    return text.replace("<svg ", f'<svg role="img" aria-label="{html.escape(label)}" ', 1)
+
+
+def _axes(axes: Any, *, grid: str = "both") -> Any:
+    axes.set_facecolor("none")
+    axes.tick_params(length=2.5, width=0.6)
+    axes.grid(visible=False)
+    axes.grid(visible=True, axis=grid)
+    for spine in axes.spines.values():
+        spine.set_linewidth(0.6)
+    return axes
+
+
+def _line(index: int) -> dict[str, Any]:
+    pattern = tuple(float(part) for part in dash(index).split())
+    return {
+        "color": _ARMS[colour(index)],
+        "linestyle": (0, pattern) if pattern else "-",
+        "linewidth": 2.0 if index == 0 else 1.6,
+    }
+
+
+def _limits(values: Sequence[float], pad: float = 0.06) -> tuple[float, float] | None:
+    """Return axis limits around finite values, with room beside a single one."""
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite:
+        return None
+    low, high = min(finite), max(finite)
+    room = (high - low) * pad or abs(high) * 0.05 or 1.0
+    return low - room, high + room
+
+
+def _mean_curve(runs: Sequence[SeedRun]) -> list[tuple[int, float, float, float, float]]:
+    """Return step, seconds, mean, lowest and highest metric wherever every run that ended well has a point."""
+    good = [run for run in runs if run.status == "ok" and run.curve]
+    if not good:
+        return []
+    by_step = [{point.step: point for point in run.curve} for run in good]
+    steps = sorted(set.intersection(*(set(points) for points in by_step)))
+    stride = max(1, math.ceil(len(steps) / _MOST_POINTS))
+    kept = sorted({*steps[::stride], *steps[-1:]})
+    rows = []
+    for step in kept:
+        points = [run[step] for run in by_step]
+        values = [point.metric for point in points]
+        if all(map(math.isfinite, values)):
+            seconds = sum(point.seconds for point in points) / len(points)
+            rows.append((step, seconds, sum(values) / len(values), min(values), max(values)))
+    return rows
+
+
+def has_curves(report: TrialReport) -> bool:
+    """Tell whether any arm has a learning curve to draw."""
+    return any(_mean_curve(arm.runs) for arm in report.arms)
+
+
+def has_seconds(report: TrialReport) -> bool:
+    """Tell whether learning curves carry training seconds."""
+    return any(row[1] > 0 for arm in report.arms for row in _mean_curve(arm.runs))
+
+
+def learning_curves(report: TrialReport, salt: str, *, against: str) -> str:
+    """Draw the metric along training, one line an arm: the mean over seeds, with the range as a band.
+
+    The vertical axis covers what happens after the first fifth of training, where arms differ. Runs
+    that failed are thin lines of their own that end in a cross.
+
+    Args:
+        report: A trial with curves.
+        salt: Makes ids in this SVG differ from those of others on the page.
+        against: `"steps"` or `"seconds"`.
+    """
+    column = 0 if against == "steps" else 1
+    with _figure(5.4, 3.5) as figure:
+        axes = _axes(figure.subplots())
+        seen: list[float] = []
+        for index, arm in enumerate(report.arms):
+            rows = _mean_curve(arm.runs)
+            if not rows:
+                continue
+            xs = [row[column] for row in rows]
+            style = _line(index)
+            if len(arm.runs) - arm.failures > 1:
+                axes.fill_between(
+                    xs,
+                    [row[3] for row in rows],
+                    [row[4] for row in rows],
+                    color=style["color"],
+                    alpha=0.16,
+                    linewidth=0,
+                )
+            axes.plot(xs, [row[2] for row in rows], zorder=4 if index == 0 else 3, **style)
+            late = [row for row in rows if row[0] >= rows[-1][0] / 5] or rows
+            seen += [value for row in late for value in row[3:]]
+        for index, arm in enumerate(report.arms):
+            for run in arm.runs:
+                points = [point for point in run.curve if math.isfinite(point.metric)]
+                if run.status == "ok" or not points:
+                    continue
+                xs = [point.step if column == 0 else point.seconds for point in points]
+                style = {**_line(index), "linewidth": 0.8}
+                axes.plot(xs, [point.metric for point in points], alpha=0.8, **style)
+                axes.plot(xs[-1:], [points[-1].metric], marker="x", color=style["color"], markersize=6)
+        limits = _limits(seen)
+        if limits:
+            axes.set_ylim(*limits)
+        if report.target is not None and limits and limits[0] < report.target < limits[1]:
+            axes.axhline(report.target, color=_MUTED, linewidth=0.8, linestyle=(0, (1, 2)))
+            axes.text(
+                0.995,
+                report.target,
+                "target",
+                transform=axes.get_yaxis_transform(),
+                ha="right",
+                va="bottom",
+                fontsize=8,
+                color=_MUTED,
+            )
+        axes.set_xlim(left=0)
+        axes.set_xlabel("training steps" if column == 0 else "training seconds")
+        axes.set_ylabel(f"test {wording.plain(report.metric)}")
+        label = (
+            f"Learning curves of {wording.listed([wording.plain(arm.name) for arm in report.arms])}: test "
+            f"{wording.plain(report.metric)} against training {against}, mean and range over seeds. "
+            + " ".join(
+                f"{wording.plain(arm.name)} ends at {wording.score_rounding(report)(arm.mean)}."
+                for arm in report.arms
+            )
+        )
+        return _svg(figure, salt, label)
+
+
+def tuned_names(arm: ArmReport) -> list[str]:
+    """Return the numeric hyper-parameters that took more than one value while tuning."""
+    names = list(dict.fromkeys(name for point in arm.tuning for name in point.hyperparameters))
+    return [name for name in names if len(set(_values(arm.tuning, name))) > 1]
+
+
+def _values(points: Sequence[TuningPoint], name: str) -> list[float]:
+    values = (point.hyperparameters.get(name) for point in points)
+    return [float(v) for v in values if isinstance(v, (int, float)) and not isinstance(v, bool)]
+
+
+def tuning_limits(report: TrialReport) -> tuple[float, float] | None:
+    """Return the score axis that all tuning panels of a trial share: the better half in full, and more.
+
+    Scores far worse than the median would squeeze all others together; they are drawn at the border.
+    """
+    scores = sorted(
+        point.score
+        for arm in report.arms
+        for point in arm.tuning
+        if point.status == "ok" and math.isfinite(point.score)
+    )
+    if not scores:
+        return None
+    best, middle = (scores[0] if report.mode == "min" else scores[-1]), scores[len(scores) // 2]
+    reach = 3 * abs(middle - best)
+    if reach == 0:
+        return _limits(scores)
+    return _limits([score for score in scores if abs(score - best) <= reach])
+
+
+def tuning(report: TrialReport, index: int, salt: str) -> str | None:
+    """Draw an arm's tuning points, one panel a numeric hyper-parameter; `None` with nothing to draw.
+
+    The chosen point wears a ring, failed ones are crosses above the axis, scores beyond the axis are
+    triangles at its border.
+    """
+    arm = report.arms[index]
+    names = tuned_names(arm)
+    if not names:
+        return None
+    columns = min(3, len(names))
+    rows = math.ceil(len(names) / columns)
+    limits = tuning_limits(report) or (0.0, 1.0)
+    hue = _ARMS[colour(index)]
+    with _figure(3.0 * columns, 2.3 * rows) as figure:
+        grid = figure.subplots(rows, columns, squeeze=False)
+        for place, axes in enumerate(grid.flat):
+            if place >= len(names):
+                axes.set_axis_off()
+                continue
+            _axes(axes)
+            _tuning_panel(axes, arm.tuning, names[place], limits, hue, lower=report.mode == "min")
+            if place % columns == 0:
+                axes.set_ylabel(f"validation {wording.plain(report.metric)}")
+        best = next((point for point in arm.tuning if point.chosen), None)
+        failed = sum(point.status != "ok" for point in arm.tuning)
+        label = (
+            f"Tuning of {wording.plain(arm.name)}: {len(arm.tuning)} points, {failed} failed, over "
+            f"{wording.listed([wording.plain(name) for name in names])}."
+        )
+        if best is not None:
+            label += f" Chosen: {wording.settings(best.hyperparameters)}."
+        return _svg(figure, salt, label)
+
+
+def _tuning_panel(
+    axes: Any,
+    points: Sequence[TuningPoint],
+    name: str,
+    limits: tuple[float, float],
+    hue: str,
+    *,
+    lower: bool,
+) -> None:
+    low, high = limits
+    for point in points:
+        x = next(iter(_values([point], name)), None)
+        if x is None or not math.isfinite(x):
+            continue
+        if point.status != "ok" or not math.isfinite(point.score):
+            # In axes coordinates: a failed run has no score that belongs on the scale.
+            axes.plot(
+                [x],
+                [1.06],
+                transform=axes.get_xaxis_transform(),
+                marker="x",
+                color=_MUTED,
+                markersize=6,
+                clip_on=False,
+                linestyle="",
+            )
+            continue
+        y = min(max(point.score, low), high)
+        marker = "o" if y == point.score else "^" if y == high else "v"
+        fill = hue if y == point.score else "none"
+        axes.plot([x], [y], marker=marker, color=hue, markerfacecolor=fill, markersize=5, clip_on=False)
+        if point.chosen:
+            axes.plot(
+                [x],
+                [y],
+                marker="o",
+                markersize=11,
+                markerfacecolor="none",
+                markeredgecolor=_TEXT,
+                markeredgewidth=1.4,
+                clip_on=False,
+            )
+            axes.annotate(
+                "chosen",
+                (x, y),
+                xytext=(0, 8 if lower else -8),
+                textcoords="offset points",
+                ha="center",
+                va="bottom" if lower else "top",
+                fontsize=8,
+            )
+    axes.set_ylim(low, high)
+    values = [value for value in _values(points, name) if math.isfinite(value)]
+    if values and min(values) > 0 and max(values) / min(values) >= 10:
+        _log_axis(axes, min(values), max(values))
+    elif (window := _limits(values)) is not None:
+        axes.set_xlim(*window)
+        axes.locator_params(axis="x", nbins=5)
+    axes.set_xlabel(wording.plain(name))
+
+
+def _log_axis(axes: Any, low: float, high: float) -> None:
+    ticker = require("matplotlib.ticker", "trial")
+    axes.set_xscale("log")
+    room = (high / low) ** 0.06
+    axes.set_xlim(low / room, high * room)
+    decades = math.log10(high / low)
+    subs = (1.0,) if decades > 1.6 else (1.0, 3.0)
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=subs, numticks=6))
+    axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_locator(ticker.NullLocator())
+
+
+def differences(report: TrialReport, salt: str) -> str | None:
+    """Draw each challenger's paired differences to the baseline; `None` without a challenger.
+
+    A row a challenger: one dot a seed, joined to zero; below them the mean (diamond), its interval
+    (thick) and the corrected interval that decides the verdict (thin). The shaded side is where the
+    claim holds.
+    """
+    rivals = [(index, arm) for index, arm in enumerate(report.arms) if arm.versus is not None]
+    if not rivals:
+        return None
+    most = max(len(arm.versus.differences) for _, arm in rivals if arm.versus)
+    thickness = min(0.16, 1.6 / max(most, 1))
+    heights = [thickness * most + 0.42] * len(rivals)
+    sign = -1 if report.mode == "min" else 1
+    threshold = sign * report.minimal_effect
+    with _figure(8.6, sum(heights) + 0.85) as figure:
+        axes = _axes(figure.subplots(), grid="x")
+        axes.spines["left"].set_visible(False)
+        window = _limits(_reach(report, threshold), 0.08) or (-1.0, 1.0)
+        axes.set_xlim(*window)
+        bottom, middles = 0.0, []
+        for (index, arm), height in zip(rivals, heights, strict=True):
+            _difference_row(axes, report, index, arm, bottom, height, thickness, window)
+            middles.append(bottom + height / 2)
+            bottom += height
+            if len(rivals) > 1:
+                axes.axhline(bottom, color=_GRID, linewidth=0.6)
+        axes.set_ylim(bottom, 0)
+        edge = window[0] if sign < 0 else window[1]
+        axes.axvspan(threshold, edge, color=_GOOD, alpha=0.10, linewidth=0, zorder=0)
+        axes.axvline(0, color=_TEXT, linewidth=1.0)
+        if threshold:
+            axes.axvline(threshold, color=_GOOD, linewidth=1.2, linestyle=(0, (4, 2)))
+        axes.set_yticks(middles, [_short(arm.name) for _, arm in rivals])
+        axes.tick_params(axis="y", length=0)
+        claim = (
+            "claim holds here"
+            if not threshold
+            else f"claim: at least {wording.number(abs(threshold))} better"
+        )
+        for x, text, side, tone in (
+            (threshold, f"◀ {claim}" if sign < 0 else f"{claim} ▶", "right" if sign < 0 else "left", _GOOD),
+            (0, "worse ▶" if sign < 0 else "◀ worse", "left" if sign < 0 else "right", _MUTED),
+        ):
+            axes.annotate(
+                text,
+                (x, 1.0),
+                xycoords=axes.get_xaxis_transform(),
+                xytext=(-4 if side == "right" else 4, 3),
+                textcoords="offset points",
+                ha=side,
+                va="bottom",
+                fontsize=8.5,
+                color=tone,
+                annotation_clip=False,
+            )
+        axes.set_xlabel(
+            f"difference in test {wording.plain(report.metric)}, challenger − {_short(report.baseline)}"
+        )
+        label = "Paired differences per seed. " + " ".join(wording.sentence(report, arm) for _, arm in rivals)
+        return _svg(figure, salt, label)
+
+
+def _reach(report: TrialReport, threshold: float) -> list[float]:
+    """Values the difference axis must hold. An interval may stretch it to twice what the dots need."""
+    dots = [0.0, threshold * 1.6]
+    bars: list[float] = []
+    for _, versus in wording.challengers(report):
+        dots += [value for value in versus.differences if math.isfinite(value)]
+        bars += [value for value in (*versus.interval, *versus.adjusted_interval) if math.isfinite(value)]
+    span = max(dots) - min(dots)
+    low, high = min(dots) - span, max(dots) + span
+    return [*dots, *(min(max(value, low), high) for value in bars)]
+
+
+def _difference_row(
+    axes: Any,
+    report: TrialReport,
+    index: int,
+    arm: ArmReport,
+    bottom: float,
+    height: float,
+    thickness: float,
+    window: tuple[float, float],
+) -> None:
+    versus = arm.versus
+    if versus is None:
+        return
+    hue = _ARMS[colour(index)]
+    base = {run.seed: run for run in report.arm(report.baseline).runs}
+    for place, value in enumerate(versus.differences):
+        y = bottom + 0.1 + thickness * (place + 0.5)
+        run = arm.runs[place] if place < len(arm.runs) else None
+        partner = base.get(run.seed) if run else None
+        failed = any(each is not None and each.status != "ok" for each in (run, partner))
+        if not math.isfinite(value):
+            continue
+        axes.plot([0, value], [y, y], color=hue, linewidth=0.9, alpha=0.55)
+        axes.plot([value], [y], marker="X" if failed else "o", color=hue, markersize=6 if failed else 4)
+    y = bottom + height - 0.2
+    for (low, high), width in ((versus.adjusted_interval, 1.0), (versus.interval, 3.2)):
+        if math.isfinite(low) and math.isfinite(high):
+            low, high = max(low, window[0]), min(high, window[1])
+            axes.plot([low, high], [y, y], color=_TEXT, linewidth=width, solid_capstyle="butt")
+    if math.isfinite(versus.difference):
+        axes.plot(
+            [versus.difference],
+            [y],
+            marker="D",
+            markersize=6.5,
+            markerfacecolor=_PAGE,
+            markeredgecolor=_TEXT,
+            markeredgewidth=1.4,
+        )
+
+
+def _short(name: str, most: int = 26) -> str:
+    name = wording.plain(name)
+    return name if len(name) <= most else f"{name[: most - 1]}…"
+
+
+def profile(data: Profile, order: Callable[[str], int], salt: str) -> str:
+    """Draw a performance profile: share of tasks solved within tau times the fastest arm's time.
+
+    Args:
+        data: The profile.
+        order: Arm name -> its index, which decides colour and dashes.
+        salt: Makes ids in this SVG differ from those of others on the page.
+    """
+    with _figure(5.4, 3.3) as figure:
+        axes = _axes(figure.subplots())
+        fractions: Mapping[str, Sequence[float]] = data.fractions
+        for name, shares in fractions.items():
+            axes.plot(data.taus, shares, drawstyle="steps-post", **_line(order(name)))
+        axes.set_ylim(-0.02, 1.04)
+        axes.set_xlabel("tau: training time as a multiple of the fastest arm's")
+        axes.set_ylabel("share of tasks solved")
+        ranked = sorted(data.scores, key=lambda name: -data.scores[name])
+        label = "Performance profile. " + " ".join(
+            f"{wording.plain(name)} scores {data.scores[name]:.3f}." for name in ranked
+        )
+        return _svg(figure, salt, label)
