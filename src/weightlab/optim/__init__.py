@@ -1,1 +1,31 @@
-"""Placeholder."""
+"""Optimizers: `torch.optim.Optimizer` subclasses that treat weights as matrices."""
+
+from typing import TYPE_CHECKING
+
+from weightlab._lazy import exports
+
+if TYPE_CHECKING:
+    from weightlab.optim.auon import AuON, HybridAuON, auon_update
+    from weightlab.optim.lr_scaling import lr_factor
+    from weightlab.optim.matrix_optimizer import (
+        AdamWOptions,
+        MatrixOptimizer,
+    )
+    from weightlab.optim.parameter_split import (
+        is_matrix_name,
+        split_named_parameters,
+    )
+
+__getattr__, __dir__, __all__ = exports(
+    __name__,
+    {
+        "AdamWOptions": ".matrix_optimizer",
+        "AuON": ".auon",
+        "HybridAuON": ".auon",
+        "MatrixOptimizer": ".matrix_optimizer",
+        "auon_update": ".auon",
+        "is_matrix_name": ".parameter_split",
+        "lr_factor": ".lr_scaling",
+        "split_named_parameters": ".parameter_split",
+    },
+)

@@ -1,0 +1,402 @@
+"""The base of optimizers that move weight matrices by a rule of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypedDict, cast, overload
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.adamw import adamw
+from torch.optim.optimizer import ParamsT
+
+from weightlab.optim import multi_tensor
+from weightlab.optim.parameter_split import is_matrix_name
+
+ApplyTo = Literal["matrices", "all"]
+Group = dict[str, Any]
+
+
+class AdamWOptions(TypedDict, total=False):
+    """Options of the AdamW that moves what the matrix rule does not take.
+
+    Attributes:
+        lr: Learning rate. Default 3e-4. Schedulers scale it together with the rule's.
+        betas: Decay rates of the two moments. Default (0.9, 0.95).
+        eps: Added to the root of the second moment. Default 1e-8.
+        weight_decay: Decoupled weight decay. Default 0: vectors and embeddings are not decayed.
+        fused: As in `torch.optim.AdamW`; the fastest choice where it is supported. Default None.
+        capturable: As in `torch.optim.AdamW`: steps are counted on the device. Default False.
+    """
+
+    lr: float | Tensor
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    fused: bool | None
+    capturable: bool
+
+
+class Directions(NamedTuple):
+    """What a rule makes of a list of updates: `tensors[i] · scales[i]` is to be subtracted.
+
+    Attributes:
+        tensors: One for each update, of the same shape. May be the updates themselves.
+        scales: A 0-dim float32 or float64 tensor for each, on its device; `None` for one. A rule that
+            only rescales its input returns the factor here and saves a pass over memory.
+    """
+
+    tensors: Sequence[Tensor]
+    scales: Sequence[Tensor] | None = None
+
+
+class MatrixOptimizer(Optimizer):
+    """Momentum, a rule that turns momentum into a direction, decoupled decay; AdamW for the rest.
+
+    A subclass writes its rule and nothing else::
+
+        class Sign(MatrixOptimizer):
+            def __init__(self, params, lr=1e-3, momentum=0.9, *, adamw=None):
+                super().__init__(params, {"lr": lr, "momentum": momentum}, adamw=adamw)
+
+            def direction(self, update, group):
+                return update.sign()
+
+    For a parameter W with gradient G and buffer M (zeros at first), a step is
+
+        M ← β·M + (1 − β)·G                 U = (1 − β)·G + β·M if nesterov else M
+        W ← (1 − lr·weight_decay)·W         W ← W − lr·lr_factor(shape)·direction(U)
+
+    Nothing is read back to the host on the way. The gradient is never written to.
+
+    **Which parameters the rule takes.** With `apply_to="matrices"`, those with two or more dimensions,
+    except where names are known (`model.named_parameters()`) and `is_matrix_name` calls it an embedding,
+    a head or a bias. With `apply_to="all"`, every one. A group's `use_matrix_rule=True/False` settles it
+    for the whole group; see `split_named_parameters` for making such groups. A group without it that
+    holds both kinds becomes two groups, so that schedulers scale both learning rates; options of the
+    given group are then the rule's, and its `adamw` entry those of AdamW.
+
+    **State.** `momentum_buffer` for the rule (none if momentum is 0), AdamW's own for the rest. State
+    dicts hold tensors and plain values only and load with `torch.load(..., weights_only=True)`.
+
+    Args:
+        params: Parameters, `(name, parameter)` pairs, or dicts of groups of either.
+        defaults: Options of the rule. `lr` is required; `momentum` (0), `nesterov` (False),
+            `weight_decay` (0), `maximize` (False) and `foreach` (None) are filled in.
+        apply_to: Which parameters the rule takes when a group does not say.
+        adamw: Options of AdamW for the others; see `AdamWOptions`.
+
+    Raises:
+        TypeError: For a module instead of parameters; complex or integer parameters; at `step`,
+            sparse gradients.
+        ValueError: For options out of range.
+    """
+
+    flatten: bool = True
+    """Give the rule parameters with three or more dimensions as matrices (trailing ones flattened)."""
+
+    def __init__(
+        self,
+        params: ParamsT,
+        defaults: Mapping[str, Any],
+        *,
+        apply_to: ApplyTo = "matrices",
+        adamw: AdamWOptions | None = None,
+    ) -> None:
+        if isinstance(params, nn.Module):
+            raise TypeError(
+                f"{type(self).__name__} takes parameters, not a module ({type(params).__name__}); "
+                "pass model.named_parameters() or model.parameters()"
+            )
+        if apply_to not in ("matrices", "all"):
+            raise ValueError(f'apply_to must be "matrices" or "all", got {apply_to!r}')
+        base = {"momentum": 0.0, "nesterov": False, "weight_decay": 0.0, "maximize": False, "foreach": None}
+        options = {**_ADAMW_DEFAULTS, **_checked_adamw(adamw or {})}
+        super().__init__(params, {**base, **defaults, "apply_to": apply_to, "adamw": options})
+
+    def direction(self, update: Tensor, group: Group) -> Tensor:
+        """Turn updates into a direction of descent; the rule of most methods.
+
+        Args:
+            update: Shape `(..., m, n)` where `batches_equal_shapes` stacks matrices, else the shape of
+                one parameter (as a matrix where `flatten` holds), in the parameter's dtype. Not to be
+                written to.
+            group: The group's options.
+
+        Returns:
+            A tensor of the same shape, of any floating dtype.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define direction or directions")
+
+    def directions(
+        self, updates: Sequence[Tensor], states: Sequence[dict[str, Any]], group: Group
+    ) -> Directions:
+        """Turn a list of updates on one device and of one dtype into directions.
+
+        Override it instead of `direction` for a rule with state of its own, with a `foreach` form, or
+        whose result is its input times a number.
+
+        Args:
+            updates: As in `direction`, not stacked. Not to be written to.
+            states: The parameters' states, to keep tensors and plain values in.
+            group: The group's options.
+        """
+        if len(updates) > 1 and self.batches_equal_shapes(group):
+            return Directions(self.direction(torch.stack(list(updates)), group).unbind())
+        return Directions([self.direction(update, group) for update in updates])
+
+    def batches_equal_shapes(self, group: Group) -> bool:
+        """Whether the rule wants updates of equal shape stacked into one call."""
+        return False
+
+    def lr_factor(self, shape: Sequence[int], group: Group) -> float:
+        """Factor on the learning rate for a parameter of this shape."""
+        return 1.0
+
+    def check_group(self, group: Group) -> None:
+        """Raise ValueError for options out of range. Subclasses add their own and call this one."""
+        lr, momentum, weight_decay = group["lr"], group["momentum"], group["weight_decay"]
+        if isinstance(lr, Tensor):
+            if lr.numel() != 1:
+                raise ValueError(f"a tensor lr must hold one element, got shape {tuple(lr.shape)}")
+        elif not lr >= 0:
+            raise ValueError(f"lr must be at least 0, got {lr}")
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum must be in [0, 1), got {momentum}")
+        if not weight_decay >= 0:
+            raise ValueError(f"weight_decay must be at least 0, got {weight_decay}")
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a group, as two if it holds parameters for the rule and for AdamW both."""
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group must be a dict, got {type(param_group).__name__}")
+        group = dict(param_group)
+        params = group["params"]
+        group["params"] = [params] if isinstance(params, Tensor) else params
+        if not isinstance(params, set):
+            group["params"] = list(group["params"])
+            for entry in group["params"]:
+                self._check_parameter(entry)
+        options = {**self.defaults["adamw"], **_checked_adamw(group.pop("adamw", {}))}
+
+        if group.get("use_matrix_rule") is not None or isinstance(params, set):
+            parts = [group]
+        else:
+            taken = [self._takes(entry) for entry in group["params"]]
+            parts = [
+                {**group, "params": chosen, "use_matrix_rule": rule}
+                for rule in (True, False)
+                if (chosen := [e for e, t in zip(group["params"], taken, strict=True) if t is rule])
+            ] or [{**group, "use_matrix_rule": True}]
+            for part in parts:
+                if not part["use_matrix_rule"]:
+                    for option in options:
+                        part.pop(option, None)
+
+        for part in parts:
+            if part.get("use_matrix_rule") is False:
+                part = {**options, **part}
+                part["betas"] = tuple(part["betas"])
+            self.check_group({**self.defaults, **part})
+            super().add_param_group(part)
+            for internal in ("adamw", "apply_to"):
+                part.pop(internal)
+
+    def _check_parameter(self, entry: Tensor | tuple[str, Tensor]) -> None:
+        parameter = entry[1] if isinstance(entry, tuple) and len(entry) == 2 else entry
+        if not isinstance(parameter, Tensor):
+            raise TypeError(
+                f"{type(self).__name__} takes tensors or (name, tensor) pairs, got {type(parameter).__name__}"
+            )
+        if not parameter.is_floating_point():
+            name = f" {entry[0]!r}" if isinstance(entry, tuple) else ""
+            raise TypeError(
+                f"{type(self).__name__} moves real floating-point parameters, got parameter{name} of "
+                f"{parameter.dtype} and shape {tuple(parameter.shape)}; give it to another optimizer"
+            )
+
+    def _takes(self, entry: Tensor | tuple[str, Tensor]) -> bool:
+        if self.defaults["apply_to"] == "all":
+            return True
+        if isinstance(entry, tuple):
+            return entry[1].ndim >= 2 and is_matrix_name(entry[0])
+        return entry.ndim >= 2
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Take one step.
+
+        Args:
+            closure: Evaluates the model again and returns the loss, which `step` returns then.
+
+        Raises:
+            TypeError: If a gradient is sparse; no parameter has moved then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+
+        work = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
+        for _, params in work:
+            for p in params:
+                layout = _grad(p).layout
+                if layout != torch.strided:
+                    raise TypeError(
+                        f"{type(self).__name__} does not take sparse gradients, got {layout} for a "
+                        f"parameter of shape {tuple(p.shape)}; use sparse=False or torch.optim.SparseAdam"
+                    )
+        for group, params in work:
+            if params and group["use_matrix_rule"]:
+                self._rule_step(group, params)
+            elif params:
+                self._adamw_step(group, params)
+        return loss
+
+    def _rule_step(self, group: Group, params: list[Tensor]) -> None:
+        for batch in self._batches(group, params):
+            grads = [_grad(p) for p in batch]
+            if group["maximize"]:
+                grads = multi_tensor.neg(grads)
+            states = [self.state[p] for p in batch]
+            updates = _momentum(batch, grads, states, group["momentum"], group["nesterov"])
+            if self.flatten:
+                updates = [u.flatten(1) if u.ndim > 2 else u for u in updates]
+            tensors, scales = self.directions(updates, states, group)
+            if self.flatten:
+                tensors = [
+                    t.reshape(p.shape) if p.ndim > 2 else t for t, p in zip(tensors, batch, strict=True)
+                ]
+            factors = [self.lr_factor(p.shape, group) for p in batch]
+            _apply(batch, tensors, scales, factors, group["lr"], group["weight_decay"])
+
+    def _batches(self, group: Group, params: list[Tensor]) -> Iterator[list[Tensor]]:
+        """Parameters to be moved together: equal shapes, or all of a device, or one at a time.
+
+        On a CPU one at a time is fastest, because a tensor is then still in the cache when the next
+        operation wants it; on an accelerator fewer launches count.
+        """
+        by_shape = self.batches_equal_shapes(group)
+        batches: dict[object, list[Tensor]] = {}
+        for index, p in enumerate(params):
+            foreach = group["foreach"]
+            if foreach is None:
+                foreach = p.device.type != "cpu" and type(p) in (Tensor, nn.Parameter)
+            if by_shape:
+                shape = p.flatten(1).shape if self.flatten and p.ndim > 2 else p.shape
+                key = (p.device, p.dtype, shape)
+            else:
+                key = (p.device, p.dtype) if foreach else index
+            batches.setdefault(key, []).append(p)
+        yield from batches.values()
+
+    def _adamw_step(self, group: Group, params: list[Tensor]) -> None:
+        on_device = bool(group["capturable"] or group["fused"])
+        for p in params:
+            state = self.state[p]
+            if "step" not in state:
+                state["step"] = torch.zeros((), device=p.device if on_device else "cpu")
+                state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+                state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        beta1, beta2 = group["betas"]
+        adamw(
+            params,
+            [_grad(p) for p in params],
+            [self.state[p]["exp_avg"] for p in params],
+            [self.state[p]["exp_avg_sq"] for p in params],
+            [],
+            [self.state[p]["step"] for p in params],
+            foreach=None if group["fused"] else group["foreach"],
+            capturable=group["capturable"],
+            fused=group["fused"],
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=group["maximize"],
+        )
+
+
+_ADAMW_DEFAULTS: AdamWOptions = {
+    "lr": 3e-4,
+    "betas": (0.9, 0.95),
+    "eps": 1e-8,
+    "weight_decay": 0.0,
+    "fused": None,
+    "capturable": False,
+}
+
+
+def _checked_adamw(options: Mapping[str, Any]) -> Mapping[str, Any]:
+    unknown = sorted(set(options) - set(_ADAMW_DEFAULTS))
+    if unknown:
+        raise ValueError(f"adamw knows the options {', '.join(_ADAMW_DEFAULTS)}, got {', '.join(unknown)}")
+    betas = options.get("betas", (0.0, 0.0))
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"adamw betas must be two numbers in [0, 1), got {betas}")
+    if not options.get("eps", 0.0) >= 0:
+        raise ValueError(f"adamw eps must be at least 0, got {options['eps']}")
+    return options
+
+
+def _grad(parameter: Tensor) -> Tensor:
+    return cast(Tensor, parameter.grad)
+
+
+def _momentum(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    states: Sequence[dict[str, Any]],
+    momentum: float,
+    nesterov: bool,
+) -> Sequence[Tensor]:
+    """Update the buffers in the states and return the updates, which may be buffers or gradients."""
+    if momentum == 0:
+        return grads
+    for p, state in zip(params, states, strict=True):
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+    buffers = [state["momentum_buffer"] for state in states]
+    multi_tensor.lerp_(buffers, grads, 1 - momentum)
+    return multi_tensor.lerp(grads, buffers, momentum) if nesterov else buffers
+
+
+def _apply(
+    params: Sequence[Tensor],
+    directions: Sequence[Tensor],
+    scales: Sequence[Tensor] | None,
+    factors: Sequence[float],
+    lr: float | Tensor,
+    weight_decay: float,
+) -> None:
+    """Set each parameter to `(1 − lr·weight_decay)·p − lr·factor·scale·direction`."""
+    targets = params
+    if torch.finfo(params[0].dtype).bits < 32:
+        # In half precision 1 − lr·weight_decay rounds to 1 and a small scale to 0; round only once.
+        targets = [p.float() for p in params]
+        directions = [d.float() for d in directions]
+    if weight_decay != 0:
+        multi_tensor.mul_(targets, 1 - lr * weight_decay)
+    if isinstance(lr, Tensor):
+        lr = lr.to(targets[0].device).reshape(())
+        scales = [lr] * len(targets) if scales is None else [s * lr for s in scales]
+        lr = 1.0
+    steps = [-lr * factor for factor in factors]
+    if scales is not None:
+        multi_tensor.addcmul_(targets, directions, scales, steps)
+    elif len(set(steps)) == 1:
+        multi_tensor.add_(targets, directions, alpha=steps[0])
+    else:
+        for target, direction, step in zip(targets, directions, steps, strict=True):
+            target.add_(direction, alpha=step)
+    if targets is not params:
+        multi_tensor.copy_(params, targets)
