@@ -306,6 +306,13 @@ def test_reading_list_shows_verdicts_and_totals(records):
     assert "0 papers" in printed(display.reading_list, [])
 
 
+def test_a_verdict_from_a_smoke_run_says_so(records):
+    records("auon", smoke=["held"])
+    assert re.search(r"auon .* 1 held \(smoke\)", printed(display.reading_list, all_papers()))
+    records("auon", smoke=["held"], cpu=["held"])
+    assert "smoke" not in printed(display.reading_list, all_papers())
+
+
 def test_search_results_are_limited_and_say_so():
     found = search("learning")
     assert len(found) > 4

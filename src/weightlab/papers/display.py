@@ -132,11 +132,11 @@ def _totals(entries: Iterable[Entry]) -> Text:
 
 
 def _outcome(entry: Entry) -> Text:
-    """The verdicts if there are any, else the status."""
+    """The verdicts if there are any, else the status; those of a smoke run are no evidence, so it says so."""
     text = Text(style="not bold")
     for number, part in enumerate((entry.verdict or entry.status).split(", ")):
         text.append(", " if number else "").append(part, style=_STYLES.get(part.lstrip("0123456789 "), ""))
-    return text
+    return text.append(" (smoke)", style="dim") if entry.scale == "smoke" else text
 
 
 def _month(date: str) -> str:
