@@ -162,10 +162,8 @@ def _card(report: TrialReport, arm: ArmReport) -> dict[str, Any]:
     assert versus is not None
     form = wording.difference_rounding(report)
     base = report.arm(report.baseline)
-    if any(map(math.isfinite, versus.interval)):
-        sure = f"{wording.percent(versus.level)} interval {form.range(versus.interval)}"
-    else:
-        sure = "one seed gives no interval" if len(versus.differences) == 1 else "no interval"
+    known = any(map(math.isfinite, versus.interval))
+    seeds = len(versus.differences)
     costs = []
     pace = wording.ratio(arm.step_ms, base.step_ms)
     if pace:
@@ -180,7 +178,7 @@ def _card(report: TrialReport, arm: ArmReport) -> dict[str, Any]:
         )
     if versus.speedup is not None:
         costs.append(("to the target", f"{wording.ratio(versus.speedup, 1.0)} faster"))
-    text = wording.sentence(report, arm)
+    reason = wording.reason(report, arm)
     way = wording.side(report, versus.difference)
     share = wording.relative(report, versus.difference)
     return {
@@ -189,10 +187,12 @@ def _card(report: TrialReport, arm: ArmReport) -> dict[str, Any]:
         "verdict": versus.verdict,
         "difference": form(versus.difference, signed=True),
         "gain": f"{wording.plain(report.metric)}, {share + ' ' if share else ''}{way}",
-        "sure": sure,
-        "wins": wording.wins(versus),
-        "costs": costs,
-        "why": text,
+        "facts": [
+            (f"{wording.percent(versus.level)} interval", form.range(versus.interval) if known else "none"),
+            ("better in", f"{wording.wins(versus)} {'seed' if seeds == 1 else 'seeds'}"),
+            *costs,
+        ],
+        "why": f"{reason[:1].upper()}{reason[1:]}.",
     }
 
 

@@ -99,11 +99,15 @@ def _svg(figure: Any, salt: str, label: str) -> str:
     text = text[text.index("<svg") :].strip()
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
     text = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", text)
-    text = re.sub(r"#[0-9a-f]{6}\b", lambda found: _VARIABLES.get(found.group(), found.group()), text)
-    text = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", text)
+    text = re.sub(r'style="[^"]*"', lambda found: _restyle(found.group()), text)
     text = re.sub(r'^(<svg [^>]*?) width="[^"]*"', r"\1", text)
     text = re.sub(r'^(<svg [^>]*?) height="[^"]*"', r"\1", text)
     return text.replace("<svg ", f'<svg role="img" aria-label="{html.escape(label)}" ', 1)
+
+
+def _restyle(style: str) -> str:
+    style = re.sub(r"#[0-9a-f]{6}\b", lambda found: _VARIABLES.get(found.group(), found.group()), style)
+    return re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", style)
 
 
 def _axes(axes: Any, *, grid: str = "both") -> Any:
@@ -247,9 +251,10 @@ def _values(points: Sequence[TuningPoint], name: str) -> list[float]:
 
 
 def tuning_limits(report: TrialReport) -> tuple[float, float] | None:
-    """Return the score axis that all tuning panels of a trial share: the better half in full, and more.
+    """Return the score axis that all tuning panels of a trial share.
 
-    Scores far worse than the median would squeeze all others together; they are drawn at the border.
+    It holds at least the better three quarters; scores far worse would squeeze all others together
+    and are drawn at its border.
     """
     scores = sorted(
         point.score
@@ -259,11 +264,10 @@ def tuning_limits(report: TrialReport) -> tuple[float, float] | None:
     )
     if not scores:
         return None
-    best, middle = (scores[0] if report.mode == "min" else scores[-1]), scores[len(scores) // 2]
-    reach = 3 * abs(middle - best)
-    if reach == 0:
-        return _limits(scores)
-    return _limits([score for score in scores if abs(score - best) <= reach])
+    if report.mode == "max":
+        scores.reverse()
+    reach = 1.5 * abs(scores[math.ceil(0.75 * (len(scores) - 1))] - scores[0])
+    return _limits([score for score in scores if abs(score - scores[0]) <= reach] or scores)
 
 
 def tuning(report: TrialReport, index: int, salt: str) -> str | None:
@@ -438,15 +442,33 @@ def differences(report: TrialReport, salt: str) -> str | None:
 
 
 def _reach(report: TrialReport, threshold: float) -> list[float]:
-    """Values the difference axis must hold. An interval may stretch it to twice what the dots need."""
+    """Values the difference axis must hold: the seeds that ended well, and intervals within reason.
+
+    A failed run's difference can be a hundred times the others'; it is drawn at the border, so that
+    the others stay apart. So is what an interval has beyond twice the span of the dots.
+    """
     dots = [0.0, threshold * 1.6]
+    spare: list[float] = []
     bars: list[float] = []
-    for _, versus in wording.challengers(report):
-        dots += [value for value in versus.differences if math.isfinite(value)]
+    for arm, versus in wording.challengers(report):
+        failed = _failed_seeds(report, arm)
+        for value, bad in zip(versus.differences, failed, strict=True):
+            if math.isfinite(value):
+                (spare if bad else dots).append(value)
         bars += [value for value in (*versus.interval, *versus.adjusted_interval) if math.isfinite(value)]
+    if len(dots) == 2:
+        dots += spare
     span = max(dots) - min(dots)
     low, high = min(dots) - span, max(dots) + span
     return [*dots, *(min(max(value, low), high) for value in bars)]
+
+
+def _failed_seeds(report: TrialReport, arm: ArmReport) -> list[bool]:
+    """Tell per paired difference whether the challenger's or the baseline's run failed."""
+    theirs = {run.seed: run.status for run in report.arm(report.baseline).runs}
+    failed = [run.status != "ok" or theirs.get(run.seed, "ok") != "ok" for run in arm.runs]
+    count = len(arm.versus.differences) if arm.versus else 0
+    return (failed + [False] * count)[:count]
 
 
 def _difference_row(
@@ -463,31 +485,28 @@ def _difference_row(
     if versus is None:
         return
     hue = _ARMS[colour(index)]
-    base = {run.seed: run for run in report.arm(report.baseline).runs}
-    for place, value in enumerate(versus.differences):
-        y = bottom + 0.1 + thickness * (place + 0.5)
-        run = arm.runs[place] if place < len(arm.runs) else None
-        partner = base.get(run.seed) if run else None
-        failed = any(each is not None and each.status != "ok" for each in (run, partner))
+
+    def mark(value: float, y: float, marker: str, **style: Any) -> float:
+        inside = min(max(value, window[0]), window[1])
+        if inside != value:
+            marker = "<" if value < inside else ">"
+        axes.plot([inside], [y], marker=marker, clip_on=False, **style)
+        return inside
+
+    for place, (value, bad) in enumerate(zip(versus.differences, _failed_seeds(report, arm), strict=True)):
         if not math.isfinite(value):
             continue
-        axes.plot([0, value], [y, y], color=hue, linewidth=0.9, alpha=0.55)
-        axes.plot([value], [y], marker="X" if failed else "o", color=hue, markersize=6 if failed else 4)
+        y = bottom + 0.1 + thickness * (place + 0.5)
+        inside = mark(value, y, "X" if bad else "o", color=hue, markersize=6 if bad else 4)
+        axes.plot([0, inside], [y, y], color=hue, linewidth=0.9, alpha=0.55)
     y = bottom + height - 0.2
-    for (low, high), width in ((versus.adjusted_interval, 1.0), (versus.interval, 3.2)):
-        if math.isfinite(low) and math.isfinite(high):
-            low, high = max(low, window[0]), min(high, window[1])
+    for interval, width in ((versus.adjusted_interval, 1.0), (versus.interval, 3.2)):
+        if all(map(math.isfinite, interval)):
+            low, high = (min(max(bound, window[0]), window[1]) for bound in interval)
             axes.plot([low, high], [y, y], color=_TEXT, linewidth=width, solid_capstyle="butt")
     if math.isfinite(versus.difference):
-        axes.plot(
-            [versus.difference],
-            [y],
-            marker="D",
-            markersize=6.5,
-            markerfacecolor=_PAGE,
-            markeredgecolor=_TEXT,
-            markeredgewidth=1.4,
-        )
+        style = {"markerfacecolor": _PAGE, "markeredgecolor": _TEXT, "markeredgewidth": 1.4}
+        mark(versus.difference, y, "D", markersize=6.5, **style)
 
 
 def _short(name: str, most: int = 26) -> str:

@@ -117,19 +117,25 @@ def difference_rounding(report: TrialReport) -> Rounding:
     return rounding(spreads, [versus.difference for versus in found])
 
 
+def _three(value: float) -> str:
+    """Write a positive number with three significant digits, trailing zeros kept."""
+    places = 2 - math.floor(math.log10(value)) if value > 0 else 0
+    return f"{value:,.{min(max(places, 0), 6)}f}"
+
+
 def duration(seconds: float | None) -> str:
     """Write a length of time.
 
     Example:
-        >>> duration(0.0123), duration(12.34), duration(125), duration(4000), duration(None)
-        ('12.3 ms', '12.3 s', '2 min 05 s', '1 h 07 min', '-')
+        >>> duration(0.042), duration(12.34), duration(125), duration(4000), duration(None)
+        ('42.0 ms', '12.3 s', '2 min 05 s', '1 h 07 min', '-')
     """
     if seconds is None or not math.isfinite(seconds):
         return "-"
     if seconds < 1:
-        return f"{number(seconds * 1000, 3)} ms"
+        return f"{_three(seconds * 1000)} ms"
     if seconds < 99.95:
-        return f"{seconds:.3g} s"
+        return f"{_three(seconds)} s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:
         return f"{minutes} min {rest:02} s"
@@ -141,16 +147,16 @@ def memory(mebibytes: float | None) -> str:
     """Write an amount of memory given in MiB.
 
     Example:
-        >>> memory(0.25), memory(512.4), memory(20480.0), memory(None)
-        ('256 KiB', '512 MiB', '20 GiB', '-')
+        >>> memory(0.25), memory(6.4), memory(512.4), memory(20480.0), memory(None)
+        ('256 KiB', '6.40 MiB', '512 MiB', '20.0 GiB', '-')
     """
     if mebibytes is None or not math.isfinite(mebibytes):
         return "-"
     if mebibytes >= 1000:
-        return f"{number(mebibytes / 1024, 3)} GiB"
+        return f"{_three(mebibytes / 1024)} GiB"
     if 0 < mebibytes < 1:
-        return f"{number(mebibytes * 1024, 3)} KiB"
-    return f"{number(mebibytes, 3)} MiB"
+        return f"{_three(mebibytes * 1024)} KiB"
+    return f"{_three(mebibytes)} MiB"
 
 
 def ratio(value: float | None, reference: float | None) -> str:
@@ -291,23 +297,32 @@ def _reason(report: TrialReport, versus: Versus) -> str:
     return f"{doubt}; about {versus.seeds_needed:,} seeds would settle it (now {seeds})"
 
 
+def reason(report: TrialReport, arm: ArmReport) -> str:
+    """Say why the verdict on a challenger is what it is, as half a sentence; empty for the baseline."""
+    versus = arm.versus
+    if versus is None:
+        return ""
+    form = difference_rounding(report)
+    corrected = form.range(versus.adjusted_interval)
+    text = _reason(report, versus)
+    if corrected != form.range(versus.interval):
+        text += f" (corrected for {len(challengers(report))} challengers: {corrected})"
+    return text
+
+
 def sentence(report: TrialReport, arm: ArmReport) -> str:
     """Say in plain English what the verdict on a challenger is and why; empty for the baseline."""
     versus = arm.versus
     if versus is None:
         return ""
     form = difference_rounding(report)
-    interval = form.range(versus.interval)
-    shown = f" {interval}" if any(map(math.isfinite, versus.interval)) else ""
-    text = (
+    known = any(map(math.isfinite, versus.interval))
+    interval = f" {form.range(versus.interval)}" if known else ""
+    return (
         f"{plain(arm.name)} vs {plain(versus.baseline)}: {versus.verdict}: "
-        f"{form(versus.difference, signed=True)}{shown} in {plain(report.metric)}, "
-        f"{side(report, versus.difference)}; {_reason(report, versus)}"
+        f"{form(versus.difference, signed=True)}{interval} in {plain(report.metric)}, "
+        f"{side(report, versus.difference)}; {reason(report, arm)}."
     )
-    corrected = form.range(versus.adjusted_interval)
-    if corrected != interval:
-        text += f" (corrected for {len(challengers(report))} challengers: {corrected})"
-    return f"{text}."
 
 
 def warnings(report: TrialReport) -> list[str]:
