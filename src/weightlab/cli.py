@@ -9,13 +9,14 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from typer.exceptions import TyperException
 
 from weightlab.exceptions import UsageError, WeightlabError
 
@@ -181,17 +182,16 @@ def trial(
     tasks, chosen = _names(task), _names(arms)
     if not tasks:
         raise UsageError("no task given; try --task docs-gpt")
+    from weightlab.trial import registry
     from weightlab.trial.profiles import performance_profile
     from weightlab.trial.report import live, terminal
     from weightlab.trial.trial import run_trial
 
     command = _command()
-    folder = out or Path("weightlab-out") / ("+".join(tasks) if len(tasks) < 4 else "trials").replace(
-        os.sep, "_"
-    ).replace(":", "_")
     reports: list[TrialReport] = []
     for name in tasks:
-        with live.LiveDisplay(title=f"{name}: {', '.join(chosen)}", quiet=as_json) as display:
+        problem = registry.task(name)
+        with live.LiveDisplay(problem.metric, problem.mode, quiet=as_json) as display:
             reports.append(
                 run_trial(
                     name, chosen, baseline=baseline, steps=steps, tune=tune, tune_seeds=tune_seeds, seeds=seeds,
@@ -203,7 +203,7 @@ def trial(
     profile = None
     if len(reports) > 1:
         profile = performance_profile(_times_to_target(reports), [report.task for report in reports])
-    page = _write_reports(reports, profile, folder)
+    page = _write_reports(reports, profile, out or Path("weightlab-out") / "+".join(r.task for r in reports))
     if as_json:
         objects = [report.to_dict() for report in reports]
         _print_json(objects[0] if profile is None else {"trials": objects, "profile": profile.to_dict()})
@@ -387,10 +387,16 @@ def _explain(error: BaseException) -> str:
     return "\n".join(lines[:2])
 
 
+def _explain_usage(error: Any, say: Callable[[str], None]) -> int:
+    message = error.format_message()
+    if message:
+        verb = error.ctx.command_path if getattr(error, "ctx", None) else "weightlab"
+        say(f"Error: {message}\n(see {verb} --help)")
+    return error.exit_code
+
+
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, 1 for a failure, 2 for a wrong request, 130 for Ctrl-C."""
-    import click
-
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
 
@@ -400,13 +406,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     try:
         code = typer.main.get_command(app).main(args=arguments, prog_name="weightlab", standalone_mode=False)
         return code if isinstance(code, int) else 0
-    except click.exceptions.NoArgsIsHelpError as error:
-        say(error.format_message())
-        return 2
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except (click.exceptions.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):
         say("\nStopped. Finished runs are kept; the same command continues.")
         return INTERRUPTED
     except BrokenPipeError:
@@ -418,6 +418,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, WeightlabError):
             say(f"Error: {_explain(error)}")
             return error.exit_code
+        if isinstance(error, TyperException) and hasattr(error, "format_message"):
+            return _explain_usage(error, say)
         say(f"Error: {type(error).__name__}: {_explain(error)}\n(unexpected; --debug shows where)")
         return 1
 

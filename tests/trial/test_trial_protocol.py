@@ -33,7 +33,7 @@ def same(a, b):
     return raw(a) == raw(b)
 
 
-@pytest.fixture()
+@pytest.fixture
 def store(tmp_path):
     return tmp_path / "store.sqlite"
 

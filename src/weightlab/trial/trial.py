@@ -42,14 +42,14 @@ class Display(Protocol):
     def started(self, job: Job) -> None:
         """Announce that a run begins."""
 
-    def progress(self, progress: Progress) -> None:
+    def progress(self, progress: Progress, /) -> None:
         """Pass on a sign of life."""
 
     def finished(self, result: RunResult, score: float) -> None:
         """Announce a run's end."""
 
-    def note(self, text: str) -> None:
-        """Say something worth knowing."""
+    def reused(self, result: RunResult, score: float) -> None:
+        """Announce a run that the store already held."""
 
 
 class Silent(Display):
@@ -308,6 +308,8 @@ class Trial:
         self.results.update(results)
         todo = deque(job for job in jobs if job.spec.key not in results)
         self.display.start_phase(phase, len(jobs), len(results))
+        for result in results.values():
+            self.display.reused(result, self.score(result))
         in_flight: set[str] = set()
 
         def take(result: RunResult) -> None:
