@@ -30,7 +30,7 @@ Interval = tuple[float, float]
 class _BCa:
     """Bootstrap distribution of a mean with its bias correction z0 and acceleration a.
 
-    The end of a BCa interval for the normal quantile z is the bootstrap quantile at
+    The end of the BCa interval for the normal quantile z is the bootstrap quantile at
     Phi(z0 + (z0 + z) / (1 - a (z0 + z))); `z_of` inverts that. References: Efron and Tibshirani, "An
     Introduction to the Bootstrap" (1993), section 14.3.
     """
@@ -51,10 +51,9 @@ class _BCa:
             random_state=np.random.default_rng(SEED),  # pyright: ignore[reportCallIssue]
         ).bootstrap_distribution
         # Means that are equal but for rounding must tie, as they do on a metric counted in steps.
-        scale = float(np.abs(values).max())
-        decimals = min(12 - math.floor(math.log10(scale)), 290)
-        self._means = np.sort(np.round(drawn, decimals))
-        mean = np.round(values.mean(), decimals)
+        scale = np.abs(values).max()
+        self._means = np.sort(np.round(drawn / scale, 12) * scale)
+        mean = np.round(values.mean() / scale, 12) * scale
         below = np.searchsorted(self._means, mean, "left") + np.searchsorted(self._means, mean, "right")
         self._z0 = float(ndtri(np.clip(below, 1, 2 * resamples - 1) / (2 * resamples)))
         deviations = values - values.mean()
