@@ -342,8 +342,8 @@ def _tuning_panel(
                 [y],
                 marker="o",
                 markersize=11,
+                color=_TEXT,
                 markerfacecolor="none",
-                markeredgecolor=_TEXT,
                 markeredgewidth=1.4,
                 clip_on=False,
             )
@@ -505,7 +505,7 @@ def _difference_row(
             low, high = (min(max(bound, window[0]), window[1]) for bound in interval)
             axes.plot([low, high], [y, y], color=_TEXT, linewidth=width, solid_capstyle="butt")
     if math.isfinite(versus.difference):
-        style = {"markerfacecolor": _PAGE, "markeredgecolor": _TEXT, "markeredgewidth": 1.4}
+        style = {"color": _TEXT, "markerfacecolor": _PAGE, "markeredgewidth": 1.4}
         mark(versus.difference, y, "D", markersize=6.5, **style)
 
 
