@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 from xml.sax.saxutils import escape, quoteattr
 
@@ -11,6 +11,16 @@ WIDTH, HEIGHT = 680, 400
 LEFT, RIGHT, TOP, BOTTOM = 76, 16, 36, 52
 ROW = 18
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#8b6fc0", "#7f7f7f")
+
+
+def rounded(values: Iterable[float], digits: int = 5) -> list[float]:
+    """Round to significant digits, so that a record holds no more of a curve than its picture shows.
+
+    Example:
+        >>> rounded([1 / 3, 1234567.0])
+        [0.33333, 1234600.0]
+    """
+    return [float(f"{value:.{digits}g}") for value in values]
 
 
 def svg(figure: Mapping[str, Any]) -> str:
