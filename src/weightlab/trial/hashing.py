@@ -22,13 +22,12 @@ def derive_seed(seed: int, purpose: str) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed}:{purpose}".encode(), digest_size=8).digest()) >> 1
 
 
-def _bytes(tensor: Tensor) -> bytes:
+def _buffer(tensor: Tensor) -> Any:
     data = tensor.detach().to("cpu").contiguous()
-    return (
-        data.view(torch.uint8).numpy().tobytes()
-        if data.dim()
-        else data.reshape(1).view(torch.uint8).numpy().tobytes()
-    )
+    try:
+        return data.numpy()
+    except TypeError:  # a dtype that NumPy lacks, such as bfloat16
+        return data.reshape(-1).view(torch.uint8).numpy()
 
 
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
@@ -37,7 +36,7 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        digest.update(_bytes(tensor))
+        digest.update(_buffer(tensor))
     return digest.hexdigest()
 
 
@@ -57,14 +56,15 @@ class BatchHash:
 
     def __init__(self) -> None:
         self._digest = hashlib.blake2b(digest_size=16)
+        self._forms: dict[tuple[torch.dtype, torch.Size], bytes] = {}
 
     def update(self, batch: Any) -> None:
         """Add one batch."""
         if isinstance(batch, Tensor):
-            self._digest.update(f"{batch.dtype}{tuple(batch.shape)}".encode())
+            self._digest.update(self._form(batch.dtype, batch.shape))
             if batch.numel() > 2 * SAMPLE:
                 batch = batch.flatten()[:: batch.numel() // SAMPLE]
-            self._digest.update(_bytes(batch))
+            self._digest.update(_buffer(batch))
         elif isinstance(batch, Mapping):
             for name, value in batch.items():
                 self._digest.update(str(name).encode())
@@ -74,6 +74,11 @@ class BatchHash:
                 self.update(value)
         else:
             self._digest.update(repr(batch).encode())
+
+    def _form(self, dtype: torch.dtype, shape: torch.Size) -> bytes:
+        if (dtype, shape) not in self._forms:
+            self._forms[dtype, shape] = f"{dtype}{tuple(shape)}".encode()
+        return self._forms[dtype, shape]
 
     def hexdigest(self) -> str:
         """Hash of all batches so far."""
