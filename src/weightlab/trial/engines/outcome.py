@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 import platform
+import sys
 import time
 import traceback
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import cache
 from typing import Any, Protocol
 
 from weightlab import exceptions
@@ -26,15 +28,22 @@ class Execute(Protocol):
         ...
 
 
+@cache
 def resolve(path: str) -> Execute:
-    """Import `"module:function"`.
+    """Import `"module:function"`, and pay once for what would else slow its first run.
+
+    PyTorch imports its compiler, which takes seconds, when a process makes its first optimizer; that
+    must not count against the first run's time limit.
 
     Example:
         >>> resolve("math:floor")(2.5)
         2
     """
     module, _, name = path.partition(":")
-    return getattr(importlib.import_module(module), name)
+    function = getattr(importlib.import_module(module), name)
+    if torch := sys.modules.get("torch"):
+        torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.0)
+    return function
 
 
 class Thinned:

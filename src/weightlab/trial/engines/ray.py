@@ -211,11 +211,12 @@ def _carry_out(
     with suppress(OSError):
         os.chdir(folder)
     job = job_from_dict(data)
+    function = resolve(execute)
     posted = [mailbox.post.remote(name, None)]
 
     def report(progress: Progress) -> None:
         posted[:] = [mailbox.post.remote(name, asdict(progress))]
 
-    outcome = pack(lambda: perform(resolve(execute), job, report))
+    outcome = pack(lambda: perform(function, job, report))
     require("ray", "ray").wait(posted)  # letters arrive in order, so none comes after the result
     return outcome

@@ -177,7 +177,7 @@ def _card(report: TrialReport, arm: ArmReport) -> dict[str, Any]:
             ("at equal time", f"{form(timed.difference, signed=True)}, {timed.verdict}"),
         )
     if versus.speedup is not None:
-        costs.append(("to the target", f"{wording.ratio(versus.speedup, 1.0)} faster"))
+        costs.append(("to the target", wording.speed(versus.speedup)))
     reason = wording.reason(report, arm)
     way = wording.side(report, versus.difference)
     share = wording.relative(report, versus.difference)
@@ -273,8 +273,8 @@ def _own_target(report: TrialReport, arm: ArmReport) -> str:
         if arm.name in versus.time_to_target:
             seconds = versus.time_to_target[arm.name]
             text = "not reached" if seconds is None else wording.duration(seconds)
-            faster = arm.versus is not None and versus.speedup is not None
-            return f"{text} ({wording.ratio(versus.speedup, 1.0)} faster)" if faster else text
+            pace = "" if arm.versus is None else wording.speed(versus.speedup)
+            return f"{text} ({pace})" if pace else text
     return "-"
 
 

@@ -140,8 +140,7 @@ def _target(report: TrialReport, arm: ArmReport) -> Text:
     """The arm's own median time to the target, with its speed-up over the baseline."""
     if arm.versus is not None:
         seconds = arm.versus.time_to_target.get(arm.name)
-        speedup = arm.versus.speedup
-        note = "" if speedup is None else f"{wording.ratio(speedup, 1.0)} faster"
+        note = wording.speed(arm.versus.speedup)
         return _beside("not reached" if seconds is None else wording.duration(seconds), note)
     known = [rival.time_to_target for _, rival in wording.challengers(report) if rival.time_to_target]
     if not known:

@@ -172,6 +172,18 @@ def ratio(value: float | None, reference: float | None) -> str:
     return f"{times:.2f}x" if times < 10 else f"{times:,.0f}x"
 
 
+def speed(speedup: float | None) -> str:
+    """Say how much faster a challenger is; empty when that is not known.
+
+    Example:
+        >>> speed(1.5), speed(0.5), speed(None)
+        ('1.50x faster', '2.00x slower', '')
+    """
+    if not speedup:
+        return ""
+    return f"{ratio(speedup, 1.0)} faster" if speedup >= 1 else f"{ratio(1.0, speedup)} slower"
+
+
 def percent(share: float) -> str:
     """Write a share as a percentage.
 
