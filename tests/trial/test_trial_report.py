@@ -110,6 +110,7 @@ CASES = {
         adjusted_interval=(0.0, 0.0),
         effect_size=None,
         win_rate=0.5,
+        verdict="not held",
     ),
 }
 PAGES: dict[str, str] = {}
