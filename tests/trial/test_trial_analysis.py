@@ -226,15 +226,9 @@ def test_speedup_over_the_baseline_at_the_default_target():
     assert trivial.speedup is None
 
 
-def result(seed, weights="w", data="d", steps=10, reached=10):
-    spec = RunSpec("t", "", "a", "", {}, seed, "test", steps, 1, 8, 1, "cpu", {})
-    return RunResult(
-        spec,
-        "ok" if reached == steps else "diverged",
-        curve=(CurvePoint(0, 0.0, None, 1.0), CurvePoint(reached, 1.0, 1.0, 1.0)),
-        weights_hash=weights,
-        data_hash=data,
-    )
+def result(seed, weights="w", data="d", status="ok"):
+    spec = RunSpec("t", "", "a", "", {}, seed, "test", 10, 1, 8, 1, "cpu", {})
+    return RunResult(spec, status, weights_hash=weights, data_hash=data)
 
 
 def test_unpaired_names_seed_and_arms():
@@ -248,8 +242,8 @@ def test_unpaired_names_seed_and_arms():
 
 
 def test_runs_that_stopped_early_are_not_blamed_for_the_batches_they_never_saw():
-    short = result(0, data="fewer", reached=4)
-    early = replace(result(0), weights_hash=None, data_hash=None, curve=(), status="error")
+    short = result(0, data="fewer", status="diverged")
+    early = result(0, weights=None, data=None, status="error")
     assert unpaired({"a": [result(0)], "b": [short], "c": [early]}) == []
     assert unpaired({"a": [result(0)], "b": [replace(short, weights_hash="x")]}) == [
         "seed 0: initial weights differ: a | b"

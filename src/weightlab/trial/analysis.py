@@ -166,7 +166,7 @@ def unpaired(results: Mapping[str, Sequence[RunResult]]) -> list[str]:
     """Name every seed on which arms did not start from the same weights or see the same batches.
 
     Initial weights are compared over all runs that got as far as having them, batches over the runs
-    that went through all of them.
+    that ended `"ok"`, which alone went through all of them.
 
     Args:
         results: Arm name -> its runs.
@@ -185,7 +185,7 @@ def unpaired(results: Mapping[str, Sequence[RunResult]]) -> list[str]:
     faults = []
     for seed, runs in sorted(seeds.items()):
         weights = {name: run.weights_hash for name, run in runs.items()}
-        batches = {name: run.data_hash for name, run in runs.items() if _complete(run)}
+        batches = {name: run.data_hash for name, run in runs.items() if run.status == "ok"}
         for what, hashes in (("initial weights", weights), ("training batches", batches)):
             groups: dict[str, list[str]] = {}
             for name, value in hashes.items():
@@ -194,10 +194,6 @@ def unpaired(results: Mapping[str, Sequence[RunResult]]) -> list[str]:
             if len(groups) > 1:
                 faults.append(f"seed {seed}: {what} differ: {' | '.join(map(', '.join, groups.values()))}")
     return faults
-
-
-def _complete(run: RunResult) -> bool:
-    return bool(run.curve) and run.curve[-1].step == run.spec.steps
 
 
 def _check_pairing(runs: Mapping[str, Sequence[SeedRun]], baseline: str) -> None:
