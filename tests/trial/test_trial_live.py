@@ -177,11 +177,17 @@ def test_notes_are_printed_as_they_are():
     assert out.getvalue() == "kept [bold]3[/bold] runs [2J\n"
 
 
-def test_a_phase_that_was_in_the_store_is_done_at_once():
+def test_phases_that_were_in_the_store_are_told_with_their_scores():
     live, out, _ = display()
     with live:
-        live.start_phase("tuning", total=6, done=6)
-    assert out.getvalue() == "tuning done: 6 runs, 6 of them kept from before, 0 ms\n"
+        live.start_phase("tuning", total=1, done=1)
+        live.reused(result(job()), 1.5)
+        live.start_phase("report runs", total=1, done=1)
+        live.reused(result(job(seed=100, split="test")), 1.75)
+    assert out.getvalue().splitlines() == [
+        "tuning done: 1 run, kept from before; best validation loss: adamw 1.5",
+        "report runs done: 1 run, kept from before; mean test loss: adamw 1.75",
+    ]
 
 
 def test_progress_of_an_unknown_run_is_passed_over():

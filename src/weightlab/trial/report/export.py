@@ -18,12 +18,19 @@ _FIRST = ("task", "arm", "role", "seed", "status", "score", "chosen")
 _LAST = ("steps", "train_seconds", "step_ms", "peak_memory_mb", "state_mb", "error")
 
 
-def to_json(report: TrialReport) -> str:
-    """Return `report.to_dict()` as indented JSON that any parser takes.
+def dumps(value: Any) -> str:
+    """Return plain data as indented JSON that any parser takes: infinity and NaN become `null`.
 
-    JSON has no infinity and no NaN: both become `null`, e.g. the interval of a trial with one seed.
+    Example:
+        >>> dumps([1.0, float("inf")]).split()
+        ['[', '1.0,', 'null', ']']
     """
-    return json.dumps(_strict(report.to_dict()), indent=2, allow_nan=False, ensure_ascii=False)
+    return json.dumps(_strict(value), indent=2, allow_nan=False, ensure_ascii=False)
+
+
+def to_json(report: TrialReport) -> str:
+    """Return `report.to_dict()` as strict JSON, e.g. with `null` for the interval of a trial with one seed."""
+    return dumps(report.to_dict())
 
 
 def write_json(report: TrialReport, path: str | os.PathLike[str]) -> Path:

@@ -116,6 +116,7 @@ class LiveDisplay:
         live, self._live = self._live, None
         if live is not None:
             live.stop()
+        self._close_if_done()
         if self._phase and not self._phase_closed:
             self._say(self._status())
         self._open = False
@@ -128,15 +129,15 @@ class LiveDisplay:
             total: Its runs.
             done: How many of them were in the store already.
         """
+        self._close_if_done()
         with self._lock:
             self._before += self._phase_done
             self._before_reused += self._phase_reused
             self._phase, self._phase_total, self._phase_done, self._phase_reused = name, total, done, done
             self._phase_closed = False
             self._phase_started = self._last_line = self._clock()
-        if done >= total:
-            self._close_phase()
-        elif self._live is None:
+        # A phase wholly from the store ends with the next, when `reused` has told its scores.
+        if done < total and self._live is None:
             kept = f", {done} of them kept from before" if done else ""
             self._say(f"{name}: {total} runs{kept}")
 
@@ -162,10 +163,8 @@ class LiveDisplay:
             self._flights.pop(result.key, None)
             self._phase_done += 1
             self._count(result, score)
-            closing = self._phase_done >= self._phase_total and not self._phase_closed
-        if closing:
-            self._close_phase()
-        elif self._live is None:
+        self._close_if_done()
+        if self._live is None and not self._phase_closed:
             self._now_and_then()
 
     def reused(self, result: RunResult, score: float) -> None:
@@ -200,12 +199,20 @@ class LiveDisplay:
             self._last_line = self._clock()
             self._say(self._status())
 
-    def _close_phase(self) -> None:
+    def _close_if_done(self) -> None:
+        if self._phase_closed or self._phase_done < self._phase_total:
+            return
         self._phase_closed = True
-        reused = f", {self._phase_reused} of them kept from before" if self._phase_reused else ""
-        took = wording.duration(self._clock() - self._phase_started)
-        runs = f"{self._phase_total} {'run' if self._phase_total == 1 else 'runs'}"
-        self._say(f"{self._phase} done: {runs}{reused}, {took}{self._scores()}")
+        total, reused = self._phase_total, self._phase_reused
+        if not total:
+            return
+        runs = f"{total} {'run' if total == 1 else 'runs'}"
+        if reused == total:
+            how = ", kept from before"
+        else:
+            kept = f", {reused} of them kept from before" if reused else ""
+            how = f"{kept}, {wording.duration(self._clock() - self._phase_started)}"
+        self._say(f"{self._phase} done: {runs}{how}{self._scores()}")
 
     def _status(self) -> str:
         flying = len(self._flights)
@@ -219,11 +226,17 @@ class LiveDisplay:
         return "" if remaining is None else f", about {_clock_time(remaining)} left"
 
     def _scores(self) -> str:
-        known = [(name, tally) for name, tally in list(self._tallies.items()) if tally.best is not None]
-        if not known:
+        """Mean test score of each arm once there are any, else its best validation score."""
+        tallies = list(self._tallies.items())
+        found = {name: sum(tally.tests) / len(tally.tests) for name, tally in tallies if tally.tests}
+        kind = "mean test"
+        if not found:
+            found = {name: tally.best for name, tally in tallies if tally.best is not None}
+            kind = "best validation"
+        if not found:
             return ""
-        best = ", ".join(f"{wording.plain(name)} {wording.number(tally.best)}" for name, tally in known)
-        return f"; best validation {self._metric}: {best}"
+        each = ", ".join(f"{wording.plain(name)} {wording.number(score)}" for name, score in found.items())
+        return f"; {kind} {self._metric}: {each}"
 
     def _counts(self) -> tuple[int, int]:
         """Runs done and runs in all, of the trial if its total is known, else of the phase."""
