@@ -29,7 +29,8 @@ ROOMS = (
     "theory",
     "train",
 )
-ROOM_PAGES = ("rooms/{}.md", "api/{}.md", "reference/{}.md")
+Link = Callable[[str], str | None]
+"""Room ("optim") or part ("optim.AuON") -> page about it, relative to the site's root."""
 COST = {"smoke": "seconds", "cpu": "up to 6 minutes on 2 cores", "gpu": "up to 10 minutes on one large GPU"}
 
 
@@ -43,15 +44,11 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages."""
     entries = all_papers()
-    present = {file.src_uri for file in files}
-
-    def room_page(room: str) -> str | None:
-        return next((page for form in ROOM_PAGES if (page := form.format(room)) in present), None)
-
-    files.append(File.generated(config, INDEX, content=index_page(entries, room_page)))
-    for entry in entries:
-        content = paper_page(entry, room_page)
-        files.append(File.generated(config, f"papers/{entry.paper.slug}.md", content=content))
+    link = _links(files)
+    pages = {INDEX: index_page(entries, link)}
+    pages |= {f"papers/{entry.paper.slug}.md": paper_page(entry, link) for entry in entries}
+    for path, content in pages.items():
+        files.append(File.generated(config, path, content=content))
     return files
 
 
@@ -61,7 +58,7 @@ def by_room(entries: Sequence[Entry]) -> list[tuple[str, list[Entry]]]:
     return [(room, list(group)) for room, group in groupby(ordered, key=lambda entry: entry.paper.room)]
 
 
-def index_page(entries: Sequence[Entry], room_page: Callable[[str], str | None]) -> str:
+def index_page(entries: Sequence[Entry], link: Link) -> str:
     """Write the page that lists all papers."""
     count = {
         status: sum(entry.status == status for entry in entries) for status in ("measured", "implemented")
@@ -75,7 +72,7 @@ def index_page(entries: Sequence[Entry], room_page: Callable[[str], str | None])
         "",
     ]
     for room, group in by_room(entries):
-        heading = f"[`weightlab.{room}`](../{page})" if (page := room_page(room)) else f"`weightlab.{room}`"
+        heading = f"[`weightlab.{room}`](../{page})" if (page := link(room)) else f"`weightlab.{room}`"
         rows = [
             {
                 "Paper": f"[{_cell(entry.paper.title)}]({entry.paper.slug}.md)",
@@ -90,7 +87,7 @@ def index_page(entries: Sequence[Entry], room_page: Callable[[str], str | None])
     return "\n".join(lines)
 
 
-def paper_page(entry: Entry, room_page: Callable[[str], str | None]) -> str:
+def paper_page(entry: Entry, link: Link) -> str:
     """Write one paper's page."""
     paper = entry.paper
     authors = ", ".join(paper.authors) or f"{paper.author_count} authors"
@@ -104,7 +101,7 @@ def paper_page(entry: Entry, room_page: Callable[[str], str | None]) -> str:
     ]
     lines = [f"# {paper.title}", "", *(f"- **{name}:** {value}" for name, value in facts if value)]
     lines += ["", paper.summary, "", "## Parts", ""]
-    lines += [f"- {_part(name, entry, room_page)}" for name in paper.parts]
+    lines += [f"- {_part(name, entry, link)}" for name in paper.parts]
     if entry.arms:
         lines += ["", f"Arms for trials: {', '.join(f'`{arm}`' for arm in entry.arms)}."]
     lines += ["", "## Claims", ""]
@@ -140,12 +137,27 @@ def _overall(entry: Entry) -> str:
     return f"{entry.verdict} ({entry.scale})" if entry.verdict else ""
 
 
-def _part(name: str, entry: Entry, room_page: Callable[[str], str | None]) -> str:
+def _part(name: str, entry: Entry, link: Link) -> str:
     label = f"`weightlab.{name}`"
     if name not in entry.available:
         return f"{label} (planned)"
-    page = room_page(name.partition(".")[0])
+    page = link(name)
     return f"[{label}](../{page})" if page else label
+
+
+def _links(files: Files) -> Link:
+    def link(name: str) -> str | None:
+        room, _, part = name.partition(".")
+        about, reference = (
+            files.get_file_from_path(f"rooms/{room}.md"),
+            files.get_file_from_path(f"api/{room}.md"),
+        )
+        if part and reference and f"::: weightlab.{name}\n" in f"{reference.content_string}\n":
+            return f"{reference.src_uri}#weightlab.{name}"
+        page = about or reference
+        return page.src_uri if page else None
+
+    return link
 
 
 def _code_link(code: str) -> str:
