@@ -33,7 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-papers_app = typer.Typer(help="The forty papers: list, search, show.", rich_markup_mode="markdown")
+papers_app = typer.Typer(rich_markup_mode="markdown")
 app.add_typer(papers_app, name="papers")
 
 stdout = Console()
@@ -405,10 +405,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
     try:
         code = typer.main.get_command(app).main(args=arguments, prog_name="weightlab", standalone_mode=False)
-        return code if isinstance(code, int) else 0
     except (typer.Abort, KeyboardInterrupt):
-        say("\nStopped. Finished runs are kept; the same command continues.")
-        return INTERRUPTED
+        code = INTERRUPTED
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - whoever read our output is gone; say no more
         return 0
@@ -420,8 +418,11 @@ def run(arguments: Sequence[str] | None = None) -> int:
             return error.exit_code
         if isinstance(error, TyperException) and hasattr(error, "format_message"):
             return _explain_usage(error, say)
-        say(f"Error: {type(error).__name__}: {_explain(error)}\n(unexpected; --debug shows where)")
+        say(f"Error: {type(error).__name__}: {_explain(error)} (unexpected; --debug shows where)")
         return 1
+    if code == INTERRUPTED:
+        say("\nStopped. Finished runs are kept; the same command continues.")
+    return code if isinstance(code, int) else 0
 
 
 def main() -> NoReturn:
