@@ -216,16 +216,17 @@ def learning_curves(report: TrialReport, salt: str, *, against: str) -> str:
         if report.target is not None and limits and limits[0] < report.target < limits[1]:
             axes.axhline(report.target, color=_MUTED, linewidth=0.8, linestyle=(0, (1, 2)))
             axes.text(
-                0.995,
+                0.01,
                 report.target,
                 "target",
                 transform=axes.get_yaxis_transform(),
-                ha="right",
+                ha="left",
                 va="bottom",
                 fontsize=8,
                 color=_MUTED,
             )
         axes.set_xlim(left=0)
+        axes.xaxis.get_major_locator().set_params(integer=column == 0)
         axes.set_xlabel("training steps" if column == 0 else "training seconds")
         axes.set_ylabel(f"test {wording.plain(report.metric)}")
         label = (
