@@ -129,6 +129,19 @@ def test_relative_links_lead_somewhere(page: Path):
             assert path.exists(), link
 
 
+@pytest.mark.parametrize("page", PAGES, ids=relative)
+def test_scripts_named_on_a_page_exist(page: Path):
+    named = set(re.findall(r"\b(?:benchmarks|examples)/\w+\.py\b", page.read_text(encoding="utf-8")))
+    assert {name for name in named if not (ROOT / name).is_file()} == set()
+
+
+def test_every_benchmark_is_on_the_benchmarks_page():
+    page = (ROOT / "docs" / "benchmarks.md").read_text()
+    assert {
+        path.name for path in ROOT.glob("benchmarks/*.py") if f"`benchmarks/{path.name}`" not in page
+    } == set()
+
+
 def test_python_on_the_pages_compiles():
     for page in PAGES:
         for block in fences(page, "python"):
