@@ -191,7 +191,8 @@ def trial(
     reports: list[TrialReport] = []
     for name in tasks:
         problem = registry.task(name)
-        with live.LiveDisplay(problem.metric, problem.mode, quiet=as_json) as display:
+        runs = len(chosen) * (tune * tune_seeds * (1 + widen) + seeds)
+        with live.LiveDisplay(problem.metric, problem.mode, total=runs, quiet=as_json) as display:
             reports.append(
                 run_trial(
                     name, chosen, baseline=baseline, steps=steps, tune=tune, tune_seeds=tune_seeds, seeds=seeds,
@@ -209,10 +210,9 @@ def trial(
         _print_json(objects[0] if profile is None else {"trials": objects, "profile": profile.to_dict()})
     else:
         for report in reports:
-            terminal.render(report, console=stdout)
+            terminal.render(report, console=stdout, html=page)
         if profile is not None:
             terminal.render_profile(profile, console=stdout)
-        stdout.print(f"Report: {page}", style="bold", soft_wrap=True)
     _fail_if_an_arm_never_ran(reports)
 
 
