@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from weightlab.tasks.base import Split, Task
 
-EVALUATION_BATCH = 500
+EVALUATION_BATCH = 250
 
 
 class Classification(Task):

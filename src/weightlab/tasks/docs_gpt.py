@@ -47,11 +47,11 @@ class DocsGPT(TextGPT):
         width: int = 64,
         depth: int = 2,
         heads: int = 4,
-        context: int = 64,
+        context: int = 32,
         dropout: float = 0.0,
         tied: bool = False,
-        batch_size: int = 16,
-        steps: int = 250,
+        batch_size: int = 32,
+        steps: int = 300,
         eval_characters: int = 16_384,
     ) -> None:
         super().__init__(

@@ -9,8 +9,10 @@ from typing import Any
 
 from weightlab._lazy import require
 from weightlab.exceptions import TaskError
+from weightlab.tasks.files import summary
 
 PROBE_SECONDS = 5.0
+NOT_ON_HUB = "the Hugging Face Hub does not have it"
 
 
 def local_repository(repository: str) -> Path | None:
@@ -40,17 +42,29 @@ def parquet_files(repository: str, config: str, split: str, *, on_hub: bool = Tr
         if not files:
             raise TaskError(f"{folder} has no {pattern}; put the file there, or unset WEIGHTLAB_DATA")
         return files
+    reason = NOT_ON_HUB
     if on_hub:
         for revision, form in (
             (None, pattern),
             # Where a repository holds a loading script, the Hub keeps converted files on this branch.
             ("refs/convert/parquet", f"{config or 'default'}/{split}/*.parquet"),
         ):
-            snapshot = _snapshot(repository, form, revision)
-            files = sorted(snapshot.glob(form)) if snapshot else []
+            try:
+                snapshot = _download(
+                    "snapshot_download",
+                    repository,
+                    repo_type="dataset",
+                    revision=revision,
+                    allow_patterns=[form],
+                )
+            except TaskError as error:
+                reason = str(error)
+                continue
+            files = sorted(snapshot.glob(form))
             if files:
                 return files
-    raise missing(repository, on_hub=on_hub)
+            reason = f"the Hub's copy has no {pattern}"
+    raise _missing(repository, reason)
 
 
 def model_file(repository: str) -> Path:
@@ -66,29 +80,10 @@ def model_file(repository: str) -> Path:
         if not file.is_file():
             raise TaskError(f"{folder} has no model.safetensors; put it there, or unset WEIGHTLAB_DATA")
         return file
-    hub = require("huggingface_hub", "trial")
     try:
-        return Path(
-            hub.hf_hub_download(repository, "model.safetensors", local_files_only=not hub_reachable())
-        )
-    except _hub_errors(hub):
-        raise missing(repository) from None
-
-
-def missing(repository: str, *, on_hub: bool = True) -> TaskError:
-    """Build the error for data that are in neither place, naming both ways to get them."""
-    root = os.environ.get("WEIGHTLAB_DATA")
-    tried = f"not in WEIGHTLAB_DATA={root}" if root else "WEIGHTLAB_DATA is not set"
-    if not on_hub:
-        return TaskError(
-            f"no data for {repository}: {tried}, and the Hugging Face Hub does not have it.\n"
-            f"Set WEIGHTLAB_DATA to a folder that contains {repository}/."
-        )
-    state = "the Hub has no such files" if hub_reachable() else "the Hub is offline and its cache has no copy"
-    return TaskError(
-        f"no data for {repository}: {tried}; {state}.\n"
-        f"Set WEIGHTLAB_DATA to a folder that contains {repository}/, or connect to huggingface.co."
-    )
+        return _download("hf_hub_download", repository, filename="model.safetensors")
+    except TaskError as error:
+        raise _missing(repository, str(error)) from None
 
 
 @functools.cache
@@ -98,30 +93,33 @@ def hub_reachable() -> bool:
     Its client would retry for half a minute before giving up. `HF_HUB_OFFLINE` is obeyed.
     """
     hub = require("huggingface_hub", "trial")
-    if hub.constants.HF_HUB_OFFLINE:
+    constants = require("huggingface_hub.constants", "trial")
+    if constants.HF_HUB_OFFLINE:
         return False
     try:
-        hub.get_session().head(hub.constants.ENDPOINT, timeout=PROBE_SECONDS)
+        hub.get_session().head(constants.ENDPOINT, timeout=PROBE_SECONDS)
     except Exception:
         return False
     return True
 
 
-def _snapshot(repository: str, pattern: str, revision: str | None) -> Path | None:
+def _download(function: str, repository: str, **options: Any) -> Path:
     hub = require("huggingface_hub", "trial")
+    online = hub_reachable()
     try:
-        return Path(
-            hub.snapshot_download(
-                repository,
-                repo_type="dataset",
-                revision=revision,
-                allow_patterns=[pattern],
-                local_files_only=not hub_reachable(),
-            )
+        return Path(getattr(hub, function)(repository, local_files_only=not online, **options))
+    except Exception as error:  # The client lets through what lies beneath it: httpx, OSError, ValueError.
+        state = (
+            f"the Hub answered {summary(error)}" if online else "the Hub is offline, its cache has no copy"
         )
-    except _hub_errors(hub):
-        return None
+        raise TaskError(state) from error
 
 
-def _hub_errors(hub: Any) -> tuple[type[Exception], ...]:
-    return (OSError, ValueError, hub.errors.HfHubHTTPError, hub.errors.HFValidationError)
+def _missing(repository: str, reason: str) -> TaskError:
+    root = os.environ.get("WEIGHTLAB_DATA")
+    tried = f"WEIGHTLAB_DATA={root} does not contain it" if root else "WEIGHTLAB_DATA is not set"
+    other = "" if reason == NOT_ON_HUB else ", or connect to huggingface.co"
+    return TaskError(
+        f"no data for {repository}: {tried}; {reason}.\n"
+        f"Set WEIGHTLAB_DATA to a folder that contains {repository}/{other}."
+    )

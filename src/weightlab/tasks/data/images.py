@@ -36,7 +36,7 @@ def load_images(
 ) -> Images:
     """Read images of a split, in the data set's order.
 
-    A whole split is decoded once (CIFAR-10's 50,000 training images take some 10 s on one core) and
+    A whole split is decoded once (CIFAR-10's 50,000 training images take 5 s on one core) and
     kept under `cache_folder()`; with `limit`, only that many are decoded and nothing is written. Kept in
     memory for the life of the process.
 

@@ -89,8 +89,10 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """Next-symbol predictor, int64 `[batch, time] -> [batch, time, vocabulary]` logits.
 
-    Weights are normal with standard deviation 0.02, those that write into the residual stream divided
-    by sqrt(2 depth); biases are zero ("Language Models are Unsupervised Multitask Learners").
+    Weights start as in GPT-2 ("Language Models are Unsupervised Multitask Learners"): normal, those
+    that write into the residual stream divided by sqrt(2 depth), biases zero. The standard deviation
+    is GPT-2's 0.02 at GPT-2's width of 768 and goes with 1 / sqrt(width): at width 64, 0.02 would leave
+    attention asleep for hundreds of steps.
 
     Args:
         config: The shape.
@@ -118,11 +120,12 @@ class GPT(nn.Module):
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw the initial weights anew."""
+        std = 0.02 * math.sqrt(768 / self.config.width)
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
                 into_stream = name.endswith(("out.weight", "down.weight"))
-                std = 0.02 / math.sqrt(2 * self.config.depth) if into_stream else 0.02
-                parameter.normal_(0.0, std, generator=generator)
+                factor = 1 / math.sqrt(2 * self.config.depth) if into_stream else 1.0
+                parameter.normal_(0.0, factor * std, generator=generator)
             elif name.endswith("bias"):
                 parameter.zero_()
 
