@@ -378,7 +378,14 @@ def reproduce(
     from weightlab.papers import reproduce as reproduction
 
     reproduction.command(
-        slug, scale=scale.value, out=out, engine=engine.value, workers=workers, device=device, as_json=as_json
+        slug,
+        scale=scale.value,
+        out=out,
+        engine=engine.value,
+        workers=workers,
+        device=device,
+        as_json=as_json,
+        debug=debug,
     )
 
 

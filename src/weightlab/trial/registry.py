@@ -8,8 +8,10 @@ import importlib
 import inspect
 import pkgutil
 from functools import cache, cached_property, lru_cache
+from pathlib import Path
 from typing import Any
 
+import weightlab
 from weightlab import tasks
 from weightlab.exceptions import UsageError
 from weightlab.tasks.base import Task
@@ -17,6 +19,7 @@ from weightlab.tasks.files import load_object, source_fingerprint
 from weightlab.trial.arm import Arm
 
 LIVE = "live:"
+UPPER_ROOMS = {"tasks", "trial", "papers", "cli.py", "__main__.py"}
 _live: dict[str, Any] = {}
 
 
@@ -105,20 +108,36 @@ def task(ref: str) -> Task:
     return tasks.get(ref)
 
 
-def _source_hash(thing: object) -> str:
+@cache
+def _code_hash(*parts: str) -> str:
+    """Hash source below the package: the named files and folders; `"."` means every room of methods."""
+    root = Path(weightlab.__file__).parent
+    digest = hashlib.sha256()
+    for part in parts:
+        places = [p for p in root.iterdir() if p.name not in UPPER_ROOMS] if part == "." else [root / part]
+        files = {file for place in places for file in ([place] if place.is_file() else place.rglob("*.py"))}
+        for file in sorted(files):
+            digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:32]
+
+
+def _own_code(ref: str, thing: object) -> str:
+    if not is_live(ref):
+        return source_fingerprint(ref) if is_file_reference(ref) else ""
     module = inspect.getmodule(thing)
     try:
-        source = inspect.getsource(module) if module is not None else ""
-    except (OSError, TypeError):
-        source = ""
-    return hashlib.sha256(source.encode()).hexdigest()[:16]
+        return hashlib.sha256(inspect.getsource(module).encode()).hexdigest() if module else ""
+    except (OSError, TypeError):  # typed into an interpreter
+        return ""
 
 
 def arm_fingerprint(ref: str) -> str:
-    """Hash what an arm's reference leads to: the user's file, or the module that builds its optimizer."""
-    if is_file_reference(ref) and not is_live(ref):
-        return source_fingerprint(ref)
-    return _source_hash(arm(ref).optimizer)
+    """Hash the code behind an arm: the methods, the training loop, registered arms, and the user's own file."""
+    loaded = arm(ref)
+    own = _own_code(ref, loaded.optimizer)
+    return hashlib.sha256(
+        f"{own} {_code_hash('.', 'trial/arms', 'trial/arm.py', 'trial/runner.py')}".encode()
+    ).hexdigest()[:32]
 
 
 def _settings(thing: object) -> str:
@@ -139,8 +158,5 @@ def _settings(thing: object) -> str:
 def task_fingerprint(ref: str) -> str:
     """Hash a task's code, settings and data."""
     loaded = task(ref)
-    code = (
-        source_fingerprint(ref) if is_file_reference(ref) and not is_live(ref) else _source_hash(type(loaded))
-    )
-    text = "\n".join([code, _settings(loaded), loaded.fingerprint()])
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    facts = [_own_code(ref, type(loaded)), _code_hash("tasks"), _settings(loaded), loaded.fingerprint()]
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:32]
