@@ -1,9 +1,10 @@
 """Runs the command line in forks of one process that has imported everything: a start costs milliseconds.
 
 One JSON list a line. In: commands to start together, each with `arguments`, `folder` and perhaps a `signal`
-to send `after` seconds, counted from when the file `watch`, if given, is first written to. Out: for each its
-exit `code` (minus the signal's number if it died of one), `stdout` and `stderr`. The very first command is
-carried out in the server itself, so that whatever it imports is there for all that follow.
+to send `after` seconds, counted from when the file `watch`, if given, has been seen to change `changes`
+times. Out: for each its exit `code` (minus the signal's number if it died of one), `stdout` and `stderr`.
+The very first command is carried out in the server itself, so that whatever it imports is there for all
+that follow.
 """
 
 import json
@@ -68,8 +69,10 @@ def send_signal(child: dict) -> None:
     """Send the signal in its time, unless the child ends before."""
     begun = child["begun"]
     if "watch" in child:
-        while written(child) in (0, child["modified"]) and not ended(child):
-            time.sleep(0.0005)
+        for _ in range(child["changes"]):
+            while written(child) in (0, child["modified"]) and not ended(child):
+                time.sleep(0.0005)
+            child["modified"] = written(child)
         begun = time.monotonic()
     while time.monotonic() < begun + child["after"] and not ended(child):
         time.sleep(0.0005)

@@ -113,6 +113,10 @@ hangs = make("hangs", sgd, callbacks=lambda model, optimizers, h: [hang])
 """
 
 
+WATCHED = "s.sqlite-wal"
+"""Every claim of a run and every result is written here first."""
+
+
 class Outcome:
     def __init__(self, reply: dict[str, Any]) -> None:
         self.code: int = reply["code"]
@@ -230,11 +234,9 @@ def test_twenty_kills_at_random_moments_change_nothing(shell):
     killed = []
     for attempt in range(20):
         # Half of them while it starts up and reads the store; half amid training and writing.
-        moment = (
-            {"after": rng.uniform(0, 0.08), "watch": "s.sqlite-wal"}
-            if attempt % 2
-            else {"after": rng.uniform(0, 0.15)}
-        )
+        moment: dict[str, Any] = {"after": rng.uniform(0, 0.15)}
+        if attempt % 2:
+            moment = {"watch": WATCHED, "changes": rng.randint(1, 4), "after": rng.uniform(0, 0.04)}
         killed.append(shell.trial(*big, signal=signal.SIGKILL, **moment).code)
     assert killed == [-signal.SIGKILL] * 20
     with Store(shell.folder / "s.sqlite") as store:
@@ -266,7 +268,7 @@ def test_two_processes_share_one_store(shell):
 
 def test_ctrl_c_keeps_everything_and_the_same_command_continues(shell):
     slow = ("--task", "my.py:slow", "--seeds", "12")
-    stopped = shell.trial(*slow, signal=signal.SIGINT, after=0.3, watch="s.sqlite-wal")
+    stopped = shell.trial(*slow, signal=signal.SIGINT, after=0.01, watch=WATCHED, changes=5)
     stopped.says("same command continues", code=130)
     kept = rows(shell.folder / "s.sqlite")
     done = shell.trial(*slow)
