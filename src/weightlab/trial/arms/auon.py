@@ -16,11 +16,9 @@ from torch.optim import Optimizer
 from weightlab.optim import AuON, HybridAuON, split_named_parameters
 from weightlab.optim.matrix_optimizer import AdamWOptions
 from weightlab.trial.arm import Arm, Hyperparameters
+from weightlab.trial.arms.torch_optimizers import LEARNING_RATE, WEIGHT_DECAY
 
-MATCHED_SPACE = {
-    "lr": FloatDistribution(3e-4, 3e-2, log=True),
-    "weight_decay": FloatDistribution(1e-3, 0.3, log=True),
-}
+MATCHED_SPACE = {"lr": LEARNING_RATE, "weight_decay": WEIGHT_DECAY}
 MATCHED_DEFAULTS = {"lr": 3e-3, "weight_decay": 0.01}
 LINEAR_SPACE = {
     "lr": FloatDistribution(1e-2, 3.0, log=True),

@@ -9,7 +9,7 @@ from torch.optim import SGD, AdamW, Muon, Optimizer
 from weightlab.optim import split_named_parameters
 from weightlab.trial.arm import Arm, Hyperparameters
 
-LEARNING_RATE = FloatDistribution(3e-4, 3e-2, log=True)
+LEARNING_RATE = FloatDistribution(5e-4, 5e-2, log=True)
 WEIGHT_DECAY = FloatDistribution(1e-3, 0.3, log=True)
 
 
