@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -22,6 +21,12 @@ Gamma = float | Literal["rms"]
 _SERIES = (1.0, 1 / 3, 2 / 45, 1 / 315)
 # Past it, sinh² of a single entry that holds all the energy overflows float32.
 _MAX_GAMMA = 40.0
+# f''(y) = Σ_k CURVATURE[k]·y^k for f(y) = sinh²(√y)/y; past 40 terms γ is far too large for a power sum.
+_CURVATURE = tuple(2 ** (2 * k - 1) * (k - 1) * (k - 2) / math.factorial(2 * k) for k in range(3, 43))
+_RESOLUTION = torch.finfo(torch.float32).eps
+# On a CPU, tensors from this size on are braked in pieces that stay in the cache with their temporaries.
+_LARGE = 2**15
+_PIECE = 2**17
 
 
 def auon_update(
@@ -58,7 +63,7 @@ def auon_update(
         ValueError: If `gamma` is out of range.
 
     Complexity:
-        Linear in N. The cosine itself is only evaluated for small tensors: see `series_terms`.
+        Linear in N. The cosine itself is only evaluated for small tensors: see `power_sum_widths`.
 
     References:
         AuON: A Linear-time Alternative to Semi-Orthogonal Momentum Updates, arXiv 2509.24320.
@@ -81,80 +86,114 @@ def auon_scales(
 ) -> list[Tensor] | None:
     """Factors that make `auon_update` out of each tensor: 0-dim, float32 or float64.
 
-    `None` stands for factors of one. Nothing is read back to the host.
+    The tensors share device and dtype. `None` stands for factors of one. Nothing is read back to the
+    host.
     """
     if gamma == 0 and not normalize:
         return None
     updates = [_upcast(update) for update in updates]
-    norms = multi_tensor.norm(updates)
-    inverses = [1 / (norm + eps) for norm in norms]
+    norms = torch.stack(multi_tensor.norm(updates))
+    inverses = (norms + eps).reciprocal()
     if gamma == 0:
-        return inverses
+        return list(inverses.unbind())
     sizes = [update.numel() for update in updates]
-    gammas = [math.sqrt(size) if gamma == "rms" else gamma for size in sizes]
-    terms = [0 if gamma == "rms" else series_terms(size, gamma) for size in sizes]
-    gains = [inverse * g for inverse, g in zip(inverses, gammas, strict=True)]
-    energies = _sinh_energies(updates, norms, gains, terms)
-    scales = [1 / ((1 + e / size).sqrt() + 1e-8) for e, size in zip(energies, sizes, strict=True)]
-    return [s * i for s, i in zip(scales, inverses, strict=True)] if normalize else scales
-
-
-@lru_cache(maxsize=1024)
-def series_terms(size: int, gamma: float) -> int:
-    """How many terms of `sinh² x = x² + x⁴/3 + 2x⁶/45 + x⁸/315 + …` the brake needs.
-
-    With `Σx² = γ²` every power sum `Σx^(2k)` is at most `γ^(2k)`, so that the terms left out of r² sum to
-    at most `(sinh²γ − Σ_k c_k γ^(2k)) / N`. Half of that bounds the error of r, and the number returned
-    brings it to 2⁻²⁴ or less: the rounding error of a float32 number next to one.
-
-    Args:
-        size: Number N of entries.
-        gamma: Gain inside the cosine.
-
-    Returns:
-        1 (the norm alone decides), 2, 3 or 4; 0 where the hyperbolic function must be evaluated.
-
-    Example:
-        >>> series_terms(4_000_000, 1.0), series_terms(512 * 512, 1.0), series_terms(100, 1.0)
-        (1, 3, 0)
-    """
-    left = math.sinh(gamma) ** 2
-    for terms, coefficient in enumerate(_SERIES, start=1):
-        left -= coefficient * gamma ** (2 * terms)
-        if left / (2 * size) <= 2**-24:
-            return terms
-    return 0
+    if gamma == "rms":
+        gains = torch.stack(multi_tensor.mul(inverses.unbind(), [math.sqrt(size) for size in sizes]))
+    else:
+        gains = inverses * gamma
+    energies = _sinh_energies(updates, gains.unbind(), (norms * gains).square().unbind(), gamma)
+    squared = torch.stack(multi_tensor.mul(energies, [1 / size for size in sizes])) + 1
+    scales = (squared.sqrt() + 1e-8).reciprocal()
+    return list((scales * inverses if normalize else scales).unbind())
 
 
 def _sinh_energies(
-    updates: Sequence[Tensor], norms: Sequence[Tensor], gains: Sequence[Tensor], terms: Sequence[int]
+    updates: Sequence[Tensor], gains: Sequence[Tensor], first: Sequence[Tensor], gamma: Gamma
 ) -> list[Tensor]:
-    """Sum of `sinh²(gain · update)` for each tensor, by as many terms of the series as asked for.
+    """Sum of `sinh²(gain · update)` for each tensor, given the first power sums.
 
-    Working with `r² − 1` keeps the digits that `mean cosh²` would lose next to one.
+    Working with `r² − 1` keeps the digits that `mean cosh²` would lose next to one. Power sums save
+    arithmetic, which counts for large tensors on a CPU; elsewhere the function is evaluated, unless the
+    first power sum will do.
     """
-    energies = [(norm * gain).square() for norm, gain in zip(norms, gains, strict=True)]
-    for count in set(terms) - {1}:
-        chosen = [index for index, needed in enumerate(terms) if needed == count]
-        x = multi_tensor.mul([updates[i] for i in chosen], [gains[i] for i in chosen])
-        if count == 0:
+    widths = {} if gamma == "rms" or updates[0].dtype == torch.float64 else power_sum_widths(gamma)
+    energies = list(first)
+    exact = []
+    for i, update in enumerate(updates):
+        size = update.numel()
+        count = next((count for count, width in widths.items() if width <= 4 * _RESOLUTION * size), 0)
+        if count != 1 and (update.device.type != "cpu" or size < _LARGE):
+            exact.append(i)
+        elif count == 0:
+            energies[i] = _exact_energy(update, gains[i])
+        else:
+            energies[i] = _lower_energy(update, gains[i], first[i], count) + widths[count] / 2
+    if exact:
+        x = multi_tensor.mul([updates[i] for i in exact], [gains[i] for i in exact])
+        if gamma == "rms":
             multi_tensor.clamp_(x, -_MAX_GAMMA, _MAX_GAMMA)
-            multi_tensor.sinh_(x)
-            for i, norm in zip(chosen, multi_tensor.norm(x), strict=True):
-                energies[i] = norm.square()
-            continue
-        squares = multi_tensor.mul(x, x)
-        powers = [multi_tensor.norm(squares)]
-        if count >= 3:
-            multi_tensor.mul_(x, squares)
-            powers.append(multi_tensor.norm(x))
-        if count >= 4:
-            multi_tensor.mul_(squares, squares)
-            powers.append(multi_tensor.norm(squares))
-        for coefficient, roots in zip(_SERIES[1:], powers, strict=False):
-            for i, root in zip(chosen, roots, strict=True):
-                energies[i] = energies[i] + coefficient * root.square()
+        multi_tensor.sinh_(x)
+        for i, root in zip(exact, multi_tensor.norm(x), strict=True):
+            energies[i] = root.square()
     return energies
+
+
+def power_sum_widths(gamma: float) -> dict[int, float]:
+    """How closely so many power sums `P_k = Σx^(2k)` fix the sum of `sinh² x` when P₁ = γ².
+
+    The sum is `P₁ + P₂/3 + 2P₃/45 + P₄/315 + …`, whatever the entries are it is at least
+
+    - P₁, and at most `sinh²γ − γ²` more, the largest value of the other terms;
+    - P₁·f(P₂/P₁) with `f(y) = sinh²(√y)/y`, and at most `γ⁶·f″(γ²)/8` more: it is P₁ times the mean of
+      the convex f over y = x² with weights y/P₁, which lies between f at the mean and the chord of f
+      over [0, γ²];
+    - the series up to P₄, and at most `sinh²γ − γ² − γ⁴/3 − 2γ⁶/45 − γ⁸/315` more.
+
+    The middle of such an interval of width w gives r, for N entries, to within `w / 4N`.
+
+    Args:
+        gamma: Gain inside the cosine.
+
+    Returns:
+        Number of power sums (1, 2, 4) -> width.
+
+    Example:
+        >>> {count: round(width, 5) for count, width in power_sum_widths(1.0).items()}
+        {1: 0.3811, 2: 0.01371, 4: 0.00015}
+    """
+    y = gamma**2
+    first = math.sinh(gamma) ** 2 - y
+    curvature = sum(c * y**k for k, c in enumerate(_CURVATURE))
+    fourth = first - sum(c * y**k for k, c in enumerate(_SERIES[1:], start=2))
+    return {1: first, 2: y**3 * curvature / 8, 4: fourth}
+
+
+def _lower_energy(update: Tensor, gain: Tensor, first: Tensor, count: int) -> Tensor:
+    """The lower ends of the intervals of `power_sum_widths`; temporaries never leave the cache."""
+    if count == 1:
+        return first
+    sums: list[Tensor] = []
+    for piece in update.reshape(-1).split(_PIECE):
+        squares = (piece * gain).square_()
+        sums.append(torch.dot(squares, squares))
+        if count == 4:
+            fourths = squares.square()
+            sums.append(torch.dot(squares, fourths))
+            sums.append(torch.dot(fourths, fourths))
+    if count == 4:
+        second, third, fourth = torch.stack(sums).view(-1, 3).sum(0).unbind()
+        return first + _SERIES[1] * second + _SERIES[2] * third + _SERIES[3] * fourth
+    # Both floors only keep 0/0 away from a zero tensor.
+    root = (torch.stack(sums).sum() / (first + 1e-30)).sqrt() + 1e-12
+    return first * (root.sinh() / root).square()
+
+
+def _exact_energy(update: Tensor, gain: Tensor) -> Tensor:
+    sums = []
+    for piece in update.reshape(-1).split(_PIECE):
+        x = (piece * gain).clamp_(-_MAX_GAMMA, _MAX_GAMMA).sinh_()
+        sums.append(torch.dot(x, x))
+    return torch.stack(sums).sum()
 
 
 def _upcast(tensor: Tensor) -> Tensor:

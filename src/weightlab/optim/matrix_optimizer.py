@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypedDict, cast, overload
 
 import torch
@@ -121,7 +121,7 @@ class MatrixOptimizer(Optimizer):
         Args:
             update: Shape `(..., m, n)` where `batches_equal_shapes` stacks matrices, else the shape of
                 one parameter (as a matrix where `flatten` holds), in the parameter's dtype. Not to be
-                written to.
+                written to, nor kept.
             group: The group's options.
 
         Returns:
@@ -266,7 +266,8 @@ class MatrixOptimizer(Optimizer):
             if group["maximize"]:
                 grads = multi_tensor.neg(grads)
             states = [self.state[p] for p in batch]
-            updates = _momentum(batch, grads, states, group["momentum"], group["nesterov"])
+            out = self._scratch(batch[0]) if len(batch) == 1 else None
+            updates = _momentum(batch, grads, states, group["momentum"], group["nesterov"], out)
             if self.flatten:
                 updates = [u.flatten(1) if u.ndim > 2 else u for u in updates]
             tensors, scales = self.directions(updates, states, group)
@@ -277,25 +278,40 @@ class MatrixOptimizer(Optimizer):
             factors = [self.lr_factor(p.shape, group) for p in batch]
             _apply(batch, tensors, scales, factors, group["lr"], group["weight_decay"])
 
-    def _batches(self, group: Group, params: list[Tensor]) -> Iterator[list[Tensor]]:
-        """Parameters to be moved together: equal shapes, or all of a device, or one at a time.
+    def _batches(self, group: Group, params: list[Tensor]) -> list[list[Tensor]]:
+        """Parameters to be moved together, of one device and dtype: equal shapes, or all, or a cacheful.
 
-        On a CPU one at a time is fastest, because a tensor is then still in the cache when the next
-        operation wants it; on an accelerator fewer launches count.
+        An accelerator wants few launches. A CPU wants a tensor to be still in the cache when the next
+        operation comes to it: large ones alone, small ones together.
         """
         by_shape = self.batches_equal_shapes(group)
         batches: dict[object, list[Tensor]] = {}
-        for index, p in enumerate(params):
+        small = 0
+        for p in params:
             foreach = group["foreach"]
             if foreach is None:
                 foreach = p.device.type != "cpu" and type(p) in (Tensor, nn.Parameter)
+            key: tuple[object, ...] = (p.device, p.dtype)
             if by_shape:
-                shape = p.flatten(1).shape if self.flatten and p.ndim > 2 else p.shape
-                key = (p.device, p.dtype, shape)
-            else:
-                key = (p.device, p.dtype) if foreach else index
+                key += tuple(p.flatten(1).shape if self.flatten and p.ndim > 2 else p.shape)
+            elif not foreach:
+                small += min(p.numel(), _CACHEFUL)
+                key += (small // _CACHEFUL,) if p.numel() < _CACHEFUL else (id(p),)
             batches.setdefault(key, []).append(p)
-        yield from batches.values()
+        return list(batches.values())
+
+    def _scratch(self, like: Tensor) -> Tensor | None:
+        """A buffer kept from step to step, as large as the largest parameter, for CPU tensors.
+
+        Fresh memory costs a page fault every few kilobytes there, more than the arithmetic on it.
+        Accelerators have caching allocators.
+        """
+        if like.device.type != "cpu" or type(like) not in (Tensor, nn.Parameter):
+            return None
+        kept: dict[torch.dtype, Tensor] = self.__dict__.setdefault("_kept", {})
+        if like.dtype not in kept or kept[like.dtype].numel() < like.numel():
+            kept[like.dtype] = torch.empty(like.numel(), dtype=like.dtype)
+        return kept[like.dtype][: like.numel()].view(like.shape)
 
     def _adamw_step(self, group: Group, params: list[Tensor]) -> None:
         on_device = bool(group["capturable"] or group["fused"])
@@ -325,6 +341,9 @@ class MatrixOptimizer(Optimizer):
             maximize=group["maximize"],
         )
 
+
+# Entries of small tensors that are moved together on a CPU: half a megabyte in float32.
+_CACHEFUL = 2**17
 
 _ADAMW_DEFAULTS: AdamWOptions = {
     "lr": 3e-4,
@@ -358,8 +377,12 @@ def _momentum(
     states: Sequence[dict[str, Any]],
     momentum: float,
     nesterov: bool,
+    out: Tensor | None,
 ) -> Sequence[Tensor]:
-    """Update the buffers in the states and return the updates, which may be buffers or gradients."""
+    """Update the buffers in the states and return the updates: new, or the buffers, or the gradients.
+
+    `out` takes the update where there is only one and it is neither buffer nor gradient.
+    """
     if momentum == 0:
         return grads
     for p, state in zip(params, states, strict=True):
@@ -367,7 +390,11 @@ def _momentum(
             state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
     buffers = [state["momentum_buffer"] for state in states]
     multi_tensor.lerp_(buffers, grads, 1 - momentum)
-    return multi_tensor.lerp(grads, buffers, momentum) if nesterov else buffers
+    if not nesterov:
+        return buffers
+    if out is not None:
+        return [torch.lerp(grads[0], buffers[0], momentum, out=out)]
+    return multi_tensor.lerp(grads, buffers, momentum)
 
 
 def _apply(

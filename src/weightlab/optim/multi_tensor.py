@@ -21,7 +21,7 @@ def neg(tensors: Tensors) -> list[Tensor]:
     return list(_torch._foreach_neg(tensors))
 
 
-def mul(tensors: Tensors, others: Tensors | Tensor | float) -> list[Tensor]:
+def mul(tensors: Tensors, others: Tensors | Sequence[float] | Tensor | float) -> list[Tensor]:
     """Return `t · other`."""
     return list(_torch._foreach_mul(tensors, others))
 
