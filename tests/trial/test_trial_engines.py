@@ -160,7 +160,7 @@ def test_an_arm_that_exits_is_a_failed_run(engine):
 
 @isolating
 @pytest.mark.parametrize("action", ["exit", "segfault"])
-def test_a_worker_that_dies_is_a_failed_run(engine, action):
+def test_a_worker_that_dies_is_a_failed_run(engine, action, capsys):
     result = one(engine, job(action))
     assert result.status == "error"
     assert (result.untrained, result.weights_hash) == (4.5, "w")
@@ -169,6 +169,7 @@ def test_a_worker_that_dies_is_a_failed_run(engine, action):
         expected = {"exit": "exited with code 7", "segfault": "died of SIGSEGV"}[action]
         assert result.error == f"its worker process {expected}"
     assert one(engine, job("", 1)).status == "ok", "the worker is replaced"
+    assert capsys.readouterr().out == "", "standard output is the trial's own"
 
 
 @posix

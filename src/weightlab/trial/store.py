@@ -223,8 +223,7 @@ class Store:
     def trials(self) -> list[dict[str, Any]]:
         """Return the latest definition of every trial; the one saved last comes last."""
         rows = self._read(
-            "SELECT definition FROM trials WHERE id IN (SELECT max(id) FROM trials GROUP BY key)"
-            " ORDER BY id",
+            "SELECT definition FROM trials WHERE id IN (SELECT max(id) FROM trials GROUP BY key) ORDER BY id",
             (),
         )
         try:

@@ -59,6 +59,8 @@ class RayEngine(Engine):
     ) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        # Ray prints the obituaries of its workers on standard output, where `--json` puts its object.
+        os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
         self._ray = require("ray", "ray")
         super().__init__(on_progress)
         self.capacity = workers
@@ -212,11 +214,17 @@ def _carry_out(
         os.chdir(folder)
     job = job_from_dict(data)
     function = resolve(execute)
+    arrive = require("ray", "ray").wait
     posted = [mailbox.post.remote(name, None)]
+    known: list[Any] = []
 
     def report(progress: Progress) -> None:
         posted[:] = [mailbox.post.remote(name, asdict(progress))]
+        facts = [progress.untrained, progress.weights_hash]
+        if facts != known:  # they must have arrived should the run now take this process down
+            arrive(posted)
+            known[:] = facts
 
     outcome = pack(lambda: perform(function, job, report))
-    require("ray", "ray").wait(posted)  # letters arrive in order, so none comes after the result
+    arrive(posted)  # letters arrive in order, so none comes after the result
     return outcome
