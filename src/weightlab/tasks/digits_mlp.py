@@ -21,7 +21,7 @@ def digits() -> dict[Split, tuple[Tensor, Tensor]]:
     """Return the 1,797 digits (uint8 `[n, 8, 8]`, values 0 to 16) by split.
 
     Of each class, in the data set's order, the fourth of every five images is for validation, the
-    fifth for test: 1,082 / 360 / 355 images with the same mix of classes.
+    fifth for test: 1,085 / 357 / 355 images with the same mix of classes.
     """
     data = require("sklearn.datasets", "trial").load_digits()
     pixels = torch.from_numpy(data.images).to(torch.uint8)
