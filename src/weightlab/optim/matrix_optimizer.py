@@ -172,15 +172,14 @@ class MatrixOptimizer(Optimizer):
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, got {type(param_group).__name__}")
         group = dict(param_group)
-        params = group["params"]
-        group["params"] = [params] if isinstance(params, Tensor) else params
-        if not isinstance(params, set):
-            group["params"] = list(group["params"])
-            for entry in group["params"]:
-                self._check_parameter(entry)
+        if isinstance(group["params"], set):
+            raise TypeError("a set of parameters has no order to match a saved state by; pass a list")
+        group["params"] = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+        for entry in group["params"]:
+            self._check_parameter(entry)
         options = {**self.defaults["adamw"], **_checked_adamw(group.pop("adamw", {}))}
 
-        if group.get("use_matrix_rule") is not None or isinstance(params, set):
+        if group.get("use_matrix_rule") is not None:
             parts = [group]
         else:
             taken = [self._takes(entry) for entry in group["params"]]
