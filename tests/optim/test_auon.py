@@ -268,6 +268,17 @@ def test_hybrid_moves_like_muon(shape):
     torch.testing.assert_close(w.detach().flatten(1), -orthogonal / r, rtol=1e-5, atol=1e-6)
 
 
+def test_hybrid_in_bfloat16_moves_like_the_one_in_float32():
+    moved = []
+    for dtype in (None, torch.bfloat16):
+        w = torch.nn.Parameter(torch.zeros(16, 24))
+        w.grad = gaussian(16, 24)
+        HybridAuON([w], lr=1.0, momentum=0.0, ns_dtype=dtype).step()
+        moved.append(w.detach().flatten())
+    assert not torch.equal(*moved)
+    assert torch.nn.functional.cosine_similarity(*moved, dim=0) > 0.999
+
+
 def test_hybrid_with_one_step_normalised_is_the_papers():
     w = torch.nn.Parameter(torch.zeros(8, 9))
     w.grad = gaussian(8, 9)

@@ -15,6 +15,7 @@ METHODS = {
     "auon-code": partial(AuON, normalize=False, gamma=1.5, weight_decay=0.1),
     "auon-rms": partial(AuON, gamma="rms"),
     "hybrid": partial(HybridAuON, adjust_lr="match_rms_adamw"),
+    "hybrid-bf16": partial(HybridAuON, ns_dtype=torch.bfloat16, ns_steps=3),
     "mixed": partial(HybridAuON, apply_to="matrices", adamw={"lr": 1e-2, "weight_decay": 0.1}),
 }
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)

@@ -238,6 +238,8 @@ class AuON(MatrixOptimizer):
         nesterov: Look ahead by one step. Default True.
         normalize: Divide by the norm (paper) or not (official code). Default True.
         ns_steps: Newton-Schulz steps before the brake. Default 0.
+        ns_dtype: Type of the Newton-Schulz steps. Default None: that of the parameter. `torch.bfloat16`, which
+            `torch.optim.Muon` always uses, is faster where the device has it natively.
         adjust_lr: ``"original"``: s = √max(1, m/n) for matrices. ``"match_rms_adamw"``: s brings the root
             mean square of the update to about 0.2, AdamW's: 0.2·√N if normalised, else 0.2·√max(m, n)
             after Newton-Schulz, which leaves a semi-orthogonal matrix. Default None: s = 1.
@@ -279,6 +281,7 @@ class AuON(MatrixOptimizer):
         nesterov: bool = True,
         normalize: bool = True,
         ns_steps: int = 0,
+        ns_dtype: torch.dtype | None = None,
         adjust_lr: AdjustLR | None = None,
         eps: float = 1e-7,
         apply_to: ApplyTo = "all",
@@ -294,6 +297,7 @@ class AuON(MatrixOptimizer):
             "nesterov": nesterov,
             "normalize": normalize,
             "ns_steps": ns_steps,
+            "ns_dtype": ns_dtype,
             "adjust_lr": adjust_lr,
             "eps": eps,
             "maximize": maximize,
@@ -322,7 +326,7 @@ class AuON(MatrixOptimizer):
 
     def direction(self, update: Tensor, group: Group) -> Tensor:
         """Orthogonalise matrices, leave vectors alone."""
-        return newton_schulz(update, "muon", group["ns_steps"])
+        return newton_schulz(update, "muon", group["ns_steps"], dtype=group["ns_dtype"])
 
     def directions(
         self, updates: Sequence[Tensor], states: Sequence[dict[str, Any]], group: Group
@@ -368,6 +372,7 @@ class HybridAuON(AuON):
         nesterov: bool = True,
         normalize: bool = False,
         ns_steps: int = 5,
+        ns_dtype: torch.dtype | None = None,
         adjust_lr: AdjustLR | None = None,
         eps: float = 1e-7,
         apply_to: ApplyTo = "all",
@@ -384,6 +389,7 @@ class HybridAuON(AuON):
             nesterov=nesterov,
             normalize=normalize,
             ns_steps=ns_steps,
+            ns_dtype=ns_dtype,
             adjust_lr=adjust_lr,
             eps=eps,
             apply_to=apply_to,
