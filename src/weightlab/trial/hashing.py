@@ -56,29 +56,34 @@ class BatchHash:
 
     def __init__(self) -> None:
         self._digest = hashlib.blake2b(digest_size=16)
-        self._forms: dict[tuple[torch.dtype, torch.Size], bytes] = {}
+        self._forms: set[tuple[torch.dtype, torch.Size]] = set()
 
     def update(self, batch: Any) -> None:
         """Add one batch."""
         if isinstance(batch, Tensor):
-            self._digest.update(self._form(batch.dtype, batch.shape))
-            if batch.numel() > 2 * SAMPLE:
-                batch = batch.flatten()[:: batch.numel() // SAMPLE]
-            self._digest.update(_buffer(batch))
+            self._add(batch)
+        elif isinstance(batch, (list, tuple)):
+            for value in batch:
+                self.update(value)
         elif isinstance(batch, Mapping):
             for name, value in batch.items():
                 self._digest.update(str(name).encode())
                 self.update(value)
-        elif isinstance(batch, (list, tuple)):
-            for value in batch:
-                self.update(value)
         else:
             self._digest.update(repr(batch).encode())
 
-    def _form(self, dtype: torch.dtype, shape: torch.Size) -> bytes:
-        if (dtype, shape) not in self._forms:
-            self._forms[dtype, shape] = f"{dtype}{tuple(shape)}".encode()
-        return self._forms[dtype, shape]
+    def _add(self, tensor: Tensor) -> None:
+        form = (tensor.dtype, tensor.shape)
+        if form not in self._forms:
+            self._forms.add(form)
+            self._digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        if tensor.numel() > 2 * SAMPLE:
+            tensor = tensor.flatten()[:: tensor.numel() // SAMPLE]
+        try:
+            # A plain contiguous CPU tensor, the usual case, needs no preparation.
+            self._digest.update(tensor.numpy())
+        except (TypeError, ValueError, RuntimeError):
+            self._digest.update(_buffer(tensor))
 
     def hexdigest(self) -> str:
         """Hash of all batches so far."""
