@@ -81,7 +81,8 @@ class BatchHash:
             tensor = tensor.flatten()[:: tensor.numel() // SAMPLE]
         try:
             # A plain contiguous CPU tensor, the usual case, needs no preparation.
-            self._digest.update(tensor.numpy())
+            plain: Any = tensor.numpy()
+            self._digest.update(plain)
         except (TypeError, ValueError, RuntimeError):
             self._digest.update(_buffer(tensor))
 
