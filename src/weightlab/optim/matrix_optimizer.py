@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, TypedDict, cast, overload
 
 import torch
@@ -12,9 +14,11 @@ from torch.optim.adamw import adamw
 from torch.optim.optimizer import ParamsT
 
 from weightlab.optim import multi_tensor
+from weightlab.optim.matrix_pieces import piece_sizes, pieces
 from weightlab.optim.parameter_split import is_matrix_name
 
 ApplyTo = Literal["matrices", "all"]
+NonFinite = Literal["ignore", "raise", "skip"]
 Group = dict[str, Any]
 
 
@@ -77,20 +81,39 @@ class MatrixOptimizer(Optimizer):
     holds both kinds becomes two groups, so that schedulers scale both learning rates; options of the
     given group are then the rule's, and its `adamw` entry those of AdamW.
 
-    **State.** `momentum_buffer` for the rule (none if momentum is 0), AdamW's own for the rest. State
-    dicts hold tensors and plain values only and load with `torch.load(..., weights_only=True)`.
+    **Parameters that hold several matrices.** Two options of a group, both off by default, let the rule see
+    each by itself, with a learning-rate factor of its own:
+
+    - `stacked=True`: parameters with three or more dimensions are stacks `(..., m, n)`, such as the experts of a
+      mixture, rather than kernels.
+    - `split=(4096, 1024, 1024)` cuts a matrix into blocks of so many rows, e.g. fused Q, K and V;
+      `split={"parts": 96}` into equal ones, e.g. one for each head of each; `{"parts": 3, "dim": 1}` cuts columns.
+
+    **Gradients that are not finite.** The option `nonfinite` of a group says what to do:
+
+    - `"ignore"` (default): nothing. NaN spreads to the parameter it belongs to.
+    - `"raise"`: raise ValueError with the parameter's name before anything moves. Reads one flag a
+      parameter back to the host.
+    - `"skip"`: leave such parameters and their state as they are, move the others. Costs a copy of weights and
+      state; decided on the device (except where AdamW counts steps on the host: `capturable=True` avoids
+      that). Plain numbers that a rule keeps in its state do move on.
+
+    **State.** `momentum_buffer` for the rule (none if momentum is 0), AdamW's own for the rest. What a rule
+    keeps besides comes back from a state dict in the dtype it was saved in. State dicts hold tensors and plain
+    values only and load with `torch.load(..., weights_only=True)`.
 
     Args:
         params: Parameters, `(name, parameter)` pairs, or dicts of groups of either.
         defaults: Options of the rule. `lr` is required; `momentum` (0), `nesterov` (False),
-            `weight_decay` (0), `maximize` (False) and `foreach` (None) are filled in.
+            `weight_decay` (0), `maximize` (False), `foreach` (None), `stacked` (False), `split` (None) and
+            `nonfinite` ("ignore") are filled in.
         apply_to: Which parameters the rule takes when a group does not say.
         adamw: Options of AdamW for the others; see `AdamWOptions`.
 
     Raises:
         TypeError: For a module instead of parameters; complex or integer parameters; at `step`,
             sparse gradients.
-        ValueError: For options out of range.
+        ValueError: For options out of range, and for splits that do not fit a parameter.
     """
 
     flatten: bool = True
@@ -111,17 +134,16 @@ class MatrixOptimizer(Optimizer):
             )
         if apply_to not in ("matrices", "all"):
             raise ValueError(f'apply_to must be "matrices" or "all", got {apply_to!r}')
-        base = {"momentum": 0.0, "nesterov": False, "weight_decay": 0.0, "maximize": False, "foreach": None}
         options = {**_ADAMW_DEFAULTS, **_checked_adamw(adamw or {})}
-        super().__init__(params, {**base, **defaults, "apply_to": apply_to, "adamw": options})
+        super().__init__(params, {**_DEFAULTS, **defaults, "apply_to": apply_to, "adamw": options})
 
     def direction(self, update: Tensor, group: Group) -> Tensor:
         """Turn updates into a direction of descent; the rule of most methods.
 
         Args:
             update: Shape `(..., m, n)` where `batches_equal_shapes` stacks matrices, else the shape of
-                one parameter (as a matrix where `flatten` holds), in the parameter's dtype. Not to be
-                written to, nor kept.
+                one parameter or piece of one (as a matrix where `flatten` holds), in the parameter's
+                dtype. Not to be written to, nor kept.
             group: The group's options.
 
         Returns:
@@ -139,7 +161,7 @@ class MatrixOptimizer(Optimizer):
 
         Args:
             updates: As in `direction`, not stacked. Not to be written to.
-            states: The parameters' states, to keep tensors and plain values in.
+            states: A dict for each update, to keep tensors and plain values in.
             group: The group's options.
         """
         if len(updates) > 1 and self.batches_equal_shapes(group):
@@ -166,6 +188,8 @@ class MatrixOptimizer(Optimizer):
             raise ValueError(f"momentum must be in [0, 1), got {momentum}")
         if not weight_decay >= 0:
             raise ValueError(f"weight_decay must be at least 0, got {weight_decay}")
+        if group["nonfinite"] not in ("ignore", "raise", "skip"):
+            raise ValueError(f'nonfinite must be "ignore", "raise" or "skip", got {group["nonfinite"]!r}')
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group, as two if it holds parameters for the rule and for AdamW both."""
@@ -194,10 +218,16 @@ class MatrixOptimizer(Optimizer):
                         part.pop(option, None)
 
         for part in parts:
+            whole = {**self.defaults, **part}
             if part.get("use_matrix_rule") is False:
                 part = {**options, **part}
                 part["betas"] = tuple(part["betas"])
-            self.check_group({**self.defaults, **part})
+                whole |= part
+            else:
+                for entry in part["params"]:
+                    shape = (entry[1] if isinstance(entry, tuple) else entry).shape
+                    piece_sizes(shape, whole["split"], whole["stacked"])
+            self.check_group(whole)
             super().add_param_group(part)
             for internal in ("adamw", "apply_to"):
                 part.pop(internal)
@@ -237,6 +267,8 @@ class MatrixOptimizer(Optimizer):
 
         Raises:
             TypeError: If a gradient is sparse; no parameter has moved then.
+            ValueError: If a gradient holds NaN or infinity in a group with `nonfinite="raise"`; no
+                parameter has moved then.
         """
         loss = None
         if closure is not None:
@@ -252,6 +284,7 @@ class MatrixOptimizer(Optimizer):
                         f"{type(self).__name__} does not take sparse gradients, got {layout} for a "
                         f"parameter of shape {tuple(p.shape)}; use sparse=False or torch.optim.SparseAdam"
                     )
+        self._raise_for_nonfinite(work)
         for group, params in work:
             if params and group["use_matrix_rule"]:
                 self._rule_step(group, params)
@@ -259,23 +292,105 @@ class MatrixOptimizer(Optimizer):
                 self._adamw_step(group, params)
         return loss
 
+    def _raise_for_nonfinite(self, work: Sequence[tuple[Group, list[Tensor]]]) -> None:
+        watched = [(group, p) for group, params in work if group["nonfinite"] == "raise" for p in params]
+        by_device: dict[torch.device, list[tuple[Group, Tensor]]] = {}
+        for group, p in watched:
+            by_device.setdefault(p.device, []).append((group, p))
+        for entries in by_device.values():
+            finite = torch.stack(_finite([_grad(p) for _, p in entries])).tolist()
+            bad = [entry for entry, good in zip(entries, finite, strict=True) if not good]
+            if bad:
+                names = ", ".join(_label(group, p) for group, p in bad[:8])
+                raise ValueError(
+                    f"{len(bad)} gradient(s) hold NaN or infinity: {names}{', ...' if len(bad) > 8 else ''}; "
+                    'lower the learning rate, clip gradients, or set nonfinite="skip"'
+                )
+
+    @contextmanager
+    def _guarded(self, group: Group, params: list[Tensor]) -> Iterator[list[Tensor]]:
+        """Give the gradients to step by; with `nonfinite="skip"`, undo the step where they are not finite."""
+        grads = [_grad(p) for p in params]
+        if group["nonfinite"] != "skip":
+            yield grads
+            return
+        finite = _finite(grads)
+        before = [(p.clone(), _clone(self.state[p])) for p in params]
+        # Zeros keep NaN out of whatever a rule sets up at its first step.
+        yield [torch.where(good, g, 0) for good, g in zip(finite, grads, strict=True)]
+        for p, good, (old, old_state) in zip(params, finite, before, strict=True):
+            p.copy_(torch.where(good, p, old))
+            self.state[p].update(_chosen(good, self.state[p], old_state))
+
     def _rule_step(self, group: Group, params: list[Tensor]) -> None:
         for batch in self._batches(group, params):
-            grads = [_grad(p) for p in batch]
-            if group["maximize"]:
-                grads = multi_tensor.neg(grads)
             states = [self.state[p] for p in batch]
-            out = self._scratch(batch[0]) if len(batch) == 1 else None
-            updates = _momentum(batch, grads, states, group["momentum"], group["nesterov"], out)
-            if self.flatten:
-                updates = [u.flatten(1) if u.ndim > 2 else u for u in updates]
-            tensors, scales = self.directions(updates, states, group)
-            if self.flatten:
-                tensors = [
-                    t.reshape(p.shape) if p.ndim > 2 else t for t, p in zip(tensors, batch, strict=True)
-                ]
-            factors = [self.lr_factor(p.shape, group) for p in batch]
-            _apply(batch, tensors, scales, factors, group["lr"], group["weight_decay"])
+            if group["momentum"] != 0:
+                for p, state in zip(batch, states, strict=True):
+                    if "momentum_buffer" not in state:
+                        state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            with self._guarded(group, batch) as grads:
+                if group["maximize"]:
+                    grads = multi_tensor.neg(grads)
+                out = self._scratch(batch[0]) if len(batch) == 1 else None
+                updates = _momentum(grads, states, group["momentum"], group["nesterov"], out)
+                if group["stacked"] or group["split"] is not None:
+                    self._move_pieces(batch, updates, states, group)
+                else:
+                    self._move(batch, updates, states, group)
+
+    def _move_pieces(
+        self,
+        params: Sequence[Tensor],
+        updates: Sequence[Tensor],
+        states: Sequence[dict[str, Any]],
+        group: Group,
+    ) -> None:
+        """`_move` the matrices that the parameters hold; what the rule keeps of them goes under `pieces`."""
+        split, stacked = group["split"], group["stacked"]
+        targets = [pieces(p, split, stacked) for p in params]
+        kept = [
+            state.pop("pieces", None) or [{} for _ in views]
+            for state, views in zip(states, targets, strict=True)
+        ]
+        flat_targets = [view for views in targets for view in views]
+        flat_updates = [view for update in updates for view in pieces(update, split, stacked)]
+        flat_states = [piece for piece_states in kept for piece in piece_states]
+        together: dict[object, list[int]] = {}
+        by_shape = self.batches_equal_shapes(group)
+        for i, target in enumerate(flat_targets):
+            together.setdefault(self._matrix_shape(target) if by_shape else None, []).append(i)
+        for chosen in together.values():
+            self._move(
+                [flat_targets[i] for i in chosen],
+                [flat_updates[i] for i in chosen],
+                [flat_states[i] for i in chosen],
+                group,
+            )
+        for state, piece_states in zip(states, kept, strict=True):
+            if any(piece_states):
+                state["pieces"] = piece_states
+
+    def _move(
+        self,
+        targets: Sequence[Tensor],
+        updates: Sequence[Tensor],
+        states: Sequence[dict[str, Any]],
+        group: Group,
+    ) -> None:
+        """Step weights, of one device and dtype, by what the rule makes of their updates."""
+        if self.flatten:
+            updates = [u.flatten(1) if u.ndim > 2 else u for u in updates]
+        tensors, scales = self.directions(updates, states, group)
+        if self.flatten:
+            tensors = [t.reshape(p.shape) if p.ndim > 2 else t for t, p in zip(tensors, targets, strict=True)]
+        factors = [self.lr_factor(p.shape, group) for p in targets]
+        _apply(targets, tensors, scales, factors, group["lr"], group["weight_decay"])
+
+    def _matrix_shape(self, tensor: Tensor) -> tuple[int, ...]:
+        """The shape in which the rule sees a parameter or piece."""
+        shape = tuple(tensor.shape)
+        return (shape[0], math.prod(shape[1:])) if self.flatten and len(shape) > 2 else shape
 
     def _batches(self, group: Group, params: list[Tensor]) -> list[list[Tensor]]:
         """Parameters to be moved together, of one device and dtype: equal shapes, or all, or a cacheful.
@@ -292,7 +407,7 @@ class MatrixOptimizer(Optimizer):
                 foreach = p.device.type != "cpu" and type(p) in (Tensor, nn.Parameter)
             key: tuple[object, ...] = (p.device, p.dtype)
             if by_shape:
-                key += tuple(p.flatten(1).shape if self.flatten and p.ndim > 2 else p.shape)
+                key += (group["stacked"] and p.ndim > 2, self._matrix_shape(p))
             elif not foreach:
                 small += min(p.numel(), _CACHEFUL)
                 key += (small // _CACHEFUL,) if p.numel() < _CACHEFUL else (id(p),)
@@ -321,28 +436,81 @@ class MatrixOptimizer(Optimizer):
                 state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
                 state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
         beta1, beta2 = group["betas"]
-        adamw(
-            params,
-            [_grad(p) for p in params],
-            [self.state[p]["exp_avg"] for p in params],
-            [self.state[p]["exp_avg_sq"] for p in params],
-            [],
-            [self.state[p]["step"] for p in params],
-            foreach=None if group["fused"] else group["foreach"],
-            capturable=group["capturable"],
-            fused=group["fused"],
-            amsgrad=False,
-            beta1=beta1,
-            beta2=beta2,
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=group["maximize"],
-        )
+        with self._guarded(group, params) as grads:
+            adamw(
+                params,
+                grads,
+                [self.state[p]["exp_avg"] for p in params],
+                [self.state[p]["exp_avg_sq"] for p in params],
+                [],
+                [self.state[p]["step"] for p in params],
+                foreach=None if group["fused"] else group["foreach"],
+                capturable=group["capturable"],
+                fused=group["fused"],
+                amsgrad=False,
+                beta1=beta1,
+                beta2=beta2,
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=group["maximize"],
+            )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of the same parameters in the same groups.
+
+        Raises:
+            ValueError: If groups, or shapes of buffers, do not match; the message names them, and
+                nothing has changed then.
+        """
+        groups, saved_groups = self.param_groups, state_dict["param_groups"]
+        if [len(group["params"]) for group in groups] == [len(group["params"]) for group in saved_groups]:
+            self._check_state(state_dict)
+        super().load_state_dict(state_dict)
+        for group, saved_group in zip(self.param_groups, saved_groups, strict=True):
+            for p, index in zip(group["params"], saved_group["params"], strict=True):
+                for key, value in state_dict["state"].get(index, {}).items():
+                    if key not in _BUFFERS:
+                        self.state[p][key] = _moved(value, p.device)
+
+    def _check_state(self, state_dict: dict[str, Any]) -> None:
+        for i, (group, saved) in enumerate(zip(self.param_groups, state_dict["param_groups"], strict=True)):
+            if saved.get("use_matrix_rule") is not group["use_matrix_rule"]:
+                raise ValueError(
+                    f"parameter group {i} has use_matrix_rule={group['use_matrix_rule']}, the state to load "
+                    f"{saved.get('use_matrix_rule')}; build the groups as they were when it was saved"
+                )
+            for p, index in zip(group["params"], saved["params"], strict=True):
+                for key, value in state_dict["state"].get(index, {}).items():
+                    if key in _BUFFERS and key != "step" and value.shape != p.shape:
+                        raise ValueError(
+                            f"{key} to load has shape {tuple(value.shape)}, but {_label(group, p)} has shape "
+                            f"{tuple(p.shape)}; build the groups as they were when it was saved"
+                        )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for option, value in _DEFAULTS.items():
+                group.setdefault(option, value)
 
 
 # Entries of small tensors that are moved together on a CPU: half a megabyte in float32.
 _CACHEFUL = 2**17
+
+_DEFAULTS: Mapping[str, Any] = {
+    "momentum": 0.0,
+    "nesterov": False,
+    "weight_decay": 0.0,
+    "maximize": False,
+    "foreach": None,
+    "stacked": False,
+    "split": None,
+    "nonfinite": "ignore",
+}
+
+# State that has its parameter's shape and, but for the count, its dtype.
+_BUFFERS = frozenset({"momentum_buffer", "exp_avg", "exp_avg_sq", "step"})
 
 _ADAMW_DEFAULTS: AdamWOptions = {
     "lr": 3e-4,
@@ -370,8 +538,50 @@ def _grad(parameter: Tensor) -> Tensor:
     return cast(Tensor, parameter.grad)
 
 
+def _label(group: Group, parameter: Tensor) -> str:
+    place = next(i for i, p in enumerate(group["params"]) if p is parameter)
+    if "param_names" in group:
+        return repr(group["param_names"][place])
+    return f"parameter {place} of its group, of shape {tuple(parameter.shape)}"
+
+
+def _finite(grads: Sequence[Tensor]) -> list[Tensor]:
+    """Whether each gradient is finite: 0-dim, on the device."""
+    return [
+        torch.linalg.vector_norm(g, math.inf).isfinite() if g.numel() else g.new_ones((), dtype=torch.bool)
+        for g in grads
+    ]
+
+
+def _clone(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {key: _clone(part) for key, part in value.items()}
+    return [_clone(part) for part in value] if isinstance(value, list) else value
+
+
+def _chosen(good: Tensor, new: Any, old: Any) -> Any:
+    """`new` where `good`, else `old`, tensor by tensor, in the tensors of `new`; what is new stays."""
+    if isinstance(new, dict):
+        return {key: _chosen(good, part, old[key]) if key in old else part for key, part in new.items()}
+    if isinstance(new, list) and len(new) == len(old):
+        return [_chosen(good, part, before) for part, before in zip(new, old, strict=True)]
+    if isinstance(new, Tensor) and new.shape == old.shape:
+        return new.copy_(torch.where(good.to(new.device), new, old))
+    return new
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """Copy what a rule keeps to a device; dtypes stay."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: _moved(part, device) for key, part in value.items()}
+    return [_moved(part, device) for part in value] if isinstance(value, list) else value
+
+
 def _momentum(
-    params: Sequence[Tensor],
     grads: Sequence[Tensor],
     states: Sequence[dict[str, Any]],
     momentum: float,
@@ -384,9 +594,6 @@ def _momentum(
     """
     if momentum == 0:
         return grads
-    for p, state in zip(params, states, strict=True):
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
     buffers = [state["momentum_buffer"] for state in states]
     multi_tensor.lerp_(buffers, grads, 1 - momentum)
     if not nesterov:
