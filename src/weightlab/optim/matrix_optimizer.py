@@ -42,16 +42,27 @@ class AdamWOptions(TypedDict, total=False):
     capturable: bool
 
 
+class LowRank(NamedTuple):
+    """An m×n direction given as the product of an m×r and an r×n matrix, to be subtracted without being formed.
+
+    Both factors have the dtype that the parameter is moved in: its own, float32 for half precision.
+    """
+
+    left: Tensor
+    right: Tensor
+
+
 class Directions(NamedTuple):
     """What a rule makes of a list of updates: `tensors[i] · scales[i]` is to be subtracted.
 
     Attributes:
-        tensors: One for each update, of the same shape. May be the updates themselves.
+        tensors: One for each update, of the same shape. May be the updates themselves. All of them may
+            be `LowRank` instead.
         scales: A 0-dim float32 or float64 tensor for each, on its device; `None` for one. A rule that
             only rescales its input returns the factor here and saves a pass over memory.
     """
 
-    tensors: Sequence[Tensor]
+    tensors: Sequence[Tensor] | Sequence[LowRank]
     scales: Sequence[Tensor] | None = None
 
 
@@ -118,6 +129,9 @@ class MatrixOptimizer(Optimizer):
 
     flatten: bool = True
     """Give the rule parameters with three or more dimensions as matrices (trailing ones flattened)."""
+
+    has_own_momentum: bool = False
+    """Give the rule gradients; what it makes of the option `momentum` is its own business."""
 
     def __init__(
         self,
@@ -325,7 +339,8 @@ class MatrixOptimizer(Optimizer):
     def _rule_step(self, group: Group, params: list[Tensor]) -> None:
         for batch in self._batches(group, params):
             states = [self.state[p] for p in batch]
-            if group["momentum"] != 0:
+            momentum = 0.0 if self.has_own_momentum else group["momentum"]
+            if momentum != 0:
                 for p, state in zip(batch, states, strict=True):
                     if "momentum_buffer" not in state:
                         state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
@@ -333,7 +348,7 @@ class MatrixOptimizer(Optimizer):
                 if group["maximize"]:
                     grads = multi_tensor.neg(grads)
                 out = self._scratch(batch[0]) if len(batch) == 1 else None
-                updates = _momentum(grads, states, group["momentum"], group["nesterov"], out)
+                updates = _momentum(grads, states, momentum, group["nesterov"], out)
                 if group["stacked"] or group["split"] is not None:
                     self._move_pieces(batch, updates, states, group)
                 else:
@@ -382,9 +397,14 @@ class MatrixOptimizer(Optimizer):
         if self.flatten:
             updates = [u.flatten(1) if u.ndim > 2 else u for u in updates]
         tensors, scales = self.directions(updates, states, group)
+        factors = [self.lr_factor(p.shape, group) for p in targets]
+        if isinstance(tensors[0], LowRank):
+            pairs = cast(Sequence[LowRank], tensors)
+            _apply_low_rank(targets, pairs, scales, factors, group["lr"], group["weight_decay"])
+            return
+        tensors = cast(Sequence[Tensor], tensors)
         if self.flatten:
             tensors = [t.reshape(p.shape) if p.ndim > 2 else t for t, p in zip(tensors, targets, strict=True)]
-        factors = [self.lr_factor(p.shape, group) for p in targets]
         _apply(targets, tensors, scales, factors, group["lr"], group["weight_decay"])
 
     def _matrix_shape(self, tensor: Tensor) -> tuple[int, ...]:
@@ -633,3 +653,32 @@ def _apply(
             target.add_(direction, alpha=step)
     if targets is not params:
         multi_tensor.copy_(params, targets)
+
+
+def _apply_low_rank(
+    params: Sequence[Tensor],
+    directions: Sequence[LowRank],
+    scales: Sequence[Tensor] | None,
+    factors: Sequence[float],
+    lr: float | Tensor,
+    weight_decay: float,
+) -> None:
+    """As `_apply`, in one pass over each parameter."""
+    for i, (p, (left, right), factor) in enumerate(zip(params, directions, factors, strict=True)):
+        target = p.float() if torch.finfo(p.dtype).bits < 32 else p
+        if isinstance(lr, Tensor):
+            if weight_decay != 0:
+                target.mul_(1 - lr * weight_decay)
+            left, decay, step = left * lr, 1.0, -factor
+        else:
+            decay, step = 1 - lr * weight_decay, -lr * factor
+        if scales is not None:
+            left = left * scales[i]
+        if target.ndim == 2:
+            target.addmm_(left, right, beta=decay, alpha=step)
+        elif target.is_contiguous():
+            target.view(target.shape[0], -1).addmm_(left, right, beta=decay, alpha=step)
+        else:
+            target.mul_(decay).add_((left @ right).view(target.shape), alpha=step)
+        if target is not p:
+            p.copy_(target)
