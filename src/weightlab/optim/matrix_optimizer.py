@@ -289,7 +289,10 @@ class MatrixOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
-        work = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
+        work = [
+            (group, [p for p in group["params"] if p.grad is not None and p.numel() > 0])
+            for group in self.param_groups
+        ]
         for _, params in work:
             for p in params:
                 layout = _grad(p).layout
