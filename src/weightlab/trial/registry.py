@@ -45,10 +45,12 @@ def _registered_arms() -> dict[str, Arm]:
     from weightlab.trial import arms
 
     found: dict[str, Arm] = {}
-    for module in pkgutil.iter_modules(arms.__path__, arms.__name__ + "."):
-        for arm in importlib.import_module(module.name).ARMS:
+    for _, name, _ in pkgutil.iter_modules(arms.__path__):
+        if name.startswith("_"):
+            continue
+        for arm in importlib.import_module(f"{arms.__name__}.{name}").ARMS:
             if arm.name in found:
-                raise RuntimeError(f"two arms are called {arm.name!r}; the second is in {module.name}")
+                raise RuntimeError(f"two arms are called {arm.name!r}; the second is in {name}.py")
             found[arm.name] = arm
     return found
 

@@ -13,9 +13,9 @@ from optuna.distributions import FloatDistribution
 from torch import nn
 from torch.optim import Optimizer
 
-from weightlab.optim import AuON, HybridAuON, split_named_parameters
-from weightlab.optim.matrix_optimizer import AdamWOptions
+from weightlab.optim import AuON, HybridAuON
 from weightlab.trial.arm import Arm, Hyperparameters
+from weightlab.trial.arms._groups import adamw_options, matrix_groups
 from weightlab.trial.arms.torch_optimizers import LEARNING_RATE, WEIGHT_DECAY
 
 MATCHED_SPACE = {"lr": LEARNING_RATE, "weight_decay": WEIGHT_DECAY}
@@ -27,38 +27,28 @@ LINEAR_SPACE = {
 LINEAR_DEFAULTS = {"lr": 0.24, "weight_decay": 1e-4, "adamw_lr": 3e-3}
 
 
-def _groups(model: nn.Module) -> list[dict]:
-    matrices, others = split_named_parameters(model)
-    groups = [{"params": matrices, "use_matrix_rule": True}, {"params": others, "use_matrix_rule": False}]
-    return [group for group in groups if group["params"]]
-
-
-def _adamw(lr: float, hyperparameters: Hyperparameters) -> AdamWOptions:
-    return {"lr": lr, "weight_decay": hyperparameters["weight_decay"], "betas": (0.9, 0.95)}
-
-
 def _matched(
     model: nn.Module, hyperparameters: Hyperparameters, method: type[AuON], **settings: Any
 ) -> Optimizer:
     lr, weight_decay = hyperparameters["lr"], hyperparameters["weight_decay"]
     return method(
-        _groups(model),
+        matrix_groups(model),
         lr=lr,
         weight_decay=weight_decay,
         adjust_lr="match_rms_adamw",
-        adamw=_adamw(lr, hyperparameters),
+        adamw=adamw_options(lr, hyperparameters),
         **settings,
     )
 
 
 def _linear(model: nn.Module, hyperparameters: Hyperparameters, gamma: float) -> Optimizer:
     return AuON(
-        _groups(model),
+        matrix_groups(model),
         lr=hyperparameters["lr"],
         weight_decay=hyperparameters["weight_decay"],
         gamma=gamma,
         normalize=False,
-        adamw=_adamw(hyperparameters["adamw_lr"], hyperparameters),
+        adamw=adamw_options(hyperparameters["adamw_lr"], hyperparameters),
     )
 
 
