@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 from weightlab._lazy import exports
 
 if TYPE_CHECKING:
-    from weightlab import exceptions, linalg, optim, papers, tasks, trial
+    from weightlab import exceptions, linalg, nn, optim, papers, tasks, train, trial
 
 __version__ = "0.1.0"
 
 __getattr__, __dir__, __all__ = exports(
     __name__,
-    dict.fromkeys(["exceptions", "linalg", "optim", "papers", "tasks", "trial"], ""),
+    dict.fromkeys(["exceptions", "linalg", "nn", "optim", "papers", "tasks", "train", "trial"], ""),
 )
