@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from weightlab._lazy import exports
 
 if TYPE_CHECKING:
+    from weightlab.optim.aro import ARO, aro_alignment, aro_direction, aro_rotation, row_normalize
     from weightlab.optim.auon import AuON, HybridAuON, auon_update
     from weightlab.optim.lr_scaling import lr_factor
     from weightlab.optim.matrix_optimizer import (
@@ -19,13 +20,18 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = exports(
     __name__,
     {
+        "ARO": ".aro",
         "AdamWOptions": ".matrix_optimizer",
         "AuON": ".auon",
         "HybridAuON": ".auon",
         "MatrixOptimizer": ".matrix_optimizer",
+        "aro_alignment": ".aro",
+        "aro_direction": ".aro",
+        "aro_rotation": ".aro",
         "auon_update": ".auon",
         "is_matrix_name": ".parameter_split",
         "lr_factor": ".lr_scaling",
+        "row_normalize": ".aro",
         "split_named_parameters": ".parameter_split",
     },
 )
