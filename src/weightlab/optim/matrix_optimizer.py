@@ -130,6 +130,9 @@ class MatrixOptimizer(Optimizer):
     flatten: bool = True
     """Give the rule parameters with three or more dimensions as matrices (trailing ones flattened)."""
 
+    takes_vectors: bool = True
+    """Whether the rule makes sense of parameters with fewer than two dimensions; if not, they are refused."""
+
     has_own_momentum: bool = False
     """Give the rule gradients; what it makes of the option `momentum` is its own business."""
 
@@ -186,6 +189,14 @@ class MatrixOptimizer(Optimizer):
         """Whether the rule wants updates of equal shape stacked into one call."""
         return False
 
+    def stacking_shape(self, shape: tuple[int, ...], group: Group) -> tuple[int, ...]:
+        """What updates must share to come to `directions` together where `batches_equal_shapes` holds.
+
+        Their own shape. A rule that can transpose or pad them to a common shape names that one here, and
+        does so in `directions`.
+        """
+        return shape
+
     def lr_factor(self, shape: Sequence[int], group: Group) -> float:
         """Factor on the learning rate for a parameter of this shape."""
         return 1.0
@@ -240,6 +251,11 @@ class MatrixOptimizer(Optimizer):
             else:
                 for entry in part["params"]:
                     shape = (entry[1] if isinstance(entry, tuple) else entry).shape
+                    if len(shape) < 2 and not self.takes_vectors:
+                        raise ValueError(
+                            f"{type(self).__name__}'s rule takes matrices, got a parameter of shape {tuple(shape)}; "
+                            'leave it to AdamW (apply_to="matrices", or a group with use_matrix_rule=False)'
+                        )
                     piece_sizes(shape, whole["split"], whole["stacked"])
             self.check_group(whole)
             super().add_param_group(part)
@@ -377,7 +393,7 @@ class MatrixOptimizer(Optimizer):
         together: dict[object, list[int]] = {}
         by_shape = self.batches_equal_shapes(group)
         for i, target in enumerate(flat_targets):
-            together.setdefault(self._matrix_shape(target) if by_shape else None, []).append(i)
+            together.setdefault(self._stacking_key(target, group) if by_shape else None, []).append(i)
         for chosen in together.values():
             self._move(
                 [flat_targets[i] for i in chosen],
@@ -410,10 +426,11 @@ class MatrixOptimizer(Optimizer):
             tensors = [t.reshape(p.shape) if p.ndim > 2 else t for t, p in zip(tensors, targets, strict=True)]
         _apply(targets, tensors, scales, factors, group["lr"], group["weight_decay"])
 
-    def _matrix_shape(self, tensor: Tensor) -> tuple[int, ...]:
-        """The shape in which the rule sees a parameter or piece."""
+    def _stacking_key(self, tensor: Tensor, group: Group) -> tuple[int, ...]:
         shape = tuple(tensor.shape)
-        return (shape[0], math.prod(shape[1:])) if self.flatten and len(shape) > 2 else shape
+        if self.flatten and len(shape) > 2:
+            shape = (shape[0], math.prod(shape[1:]))
+        return self.stacking_shape(shape, group)
 
     def _batches(self, group: Group, params: list[Tensor]) -> list[list[Tensor]]:
         """Parameters to be moved together, of one device and dtype: equal shapes, or all, or a cacheful.
@@ -430,7 +447,7 @@ class MatrixOptimizer(Optimizer):
                 foreach = p.device.type != "cpu" and type(p) in (Tensor, nn.Parameter)
             key: tuple[object, ...] = (p.device, p.dtype)
             if by_shape:
-                key += (group["stacked"] and p.ndim > 2, self._matrix_shape(p))
+                key += (group["stacked"] and p.ndim > 2, *self._stacking_key(p, group))
             elif not foreach:
                 small += min(p.numel(), _CACHEFUL)
                 key += (small // _CACHEFUL,) if p.numel() < _CACHEFUL else (id(p),)
