@@ -16,6 +16,14 @@ if TYPE_CHECKING:
         is_matrix_name,
         split_named_parameters,
     )
+    from weightlab.optim.robust_recovery import (
+        RecoveryResult,
+        SensingOperator,
+        robust_recover,
+        small_spectral_,
+    )
+    from weightlab.optim.sgld import SGLD
+    from weightlab.optim.subgm import SubGM
 
 __getattr__, __dir__, __all__ = exports(
     __name__,
@@ -25,13 +33,19 @@ __getattr__, __dir__, __all__ = exports(
         "AuON": ".auon",
         "HybridAuON": ".auon",
         "MatrixOptimizer": ".matrix_optimizer",
+        "RecoveryResult": ".robust_recovery",
+        "SGLD": ".sgld",
+        "SensingOperator": ".robust_recovery",
+        "SubGM": ".subgm",
         "aro_alignment": ".aro",
         "aro_direction": ".aro",
         "aro_rotation": ".aro",
         "auon_update": ".auon",
         "is_matrix_name": ".parameter_split",
         "lr_factor": ".lr_scaling",
+        "robust_recover": ".robust_recovery",
         "row_normalize": ".aro",
+        "small_spectral_": ".robust_recovery",
         "split_named_parameters": ".parameter_split",
     },
 )

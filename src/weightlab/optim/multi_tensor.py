@@ -31,6 +31,11 @@ def mul_(tensors: Tensors, others: Tensors | Tensor | float) -> None:
     _torch._foreach_mul_(tensors, others)
 
 
+def add(tensors: Tensors, others: Tensors, *, alpha: float = 1.0) -> list[Tensor]:
+    """Return `t + alpha · other`."""
+    return list(_torch._foreach_add(tensors, others, alpha=alpha))
+
+
 def add_(tensors: Tensors, others: Tensors, *, alpha: float = 1.0) -> None:
     """Add `alpha · other` in place."""
     _torch._foreach_add_(tensors, others, alpha=alpha)
