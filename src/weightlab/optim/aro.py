@@ -65,17 +65,20 @@ def aro_rotation(
     - `"eigen"`: eigenvectors of :math:`M M^\top`, whatever f is;
     - `"none"`: R.
 
-    A is scaled to norm 1 and gets :math:`100\,\epsilon R` added, ε being the unit of rounding. Fixed points
-    of the iteration stay where they are (R times an upper triangle plus that is R times another one), but where
-    M is rank-deficient the remaining columns follow R instead of rounding errors. M = 0 returns R.
+    Where M is rank-deficient the remaining columns of R are arbitrary; `aro_direction` gives them no weight. M = 0
+    returns R. The condition number of A is about the square of M's. Householder's reflections bear that, since
+    in A the frame's weak directions are weak throughout. Cholesky's Gram matrices do not: with them A, scaled to
+    norm 1, gets :math:`100\,\epsilon R` added, ε being the unit of rounding, so that directions of M below about 3e-3
+    of the strongest follow the old frame in float32. Fixed points are not moved by that: where :math:`A = R T`
+    with a triangle T, what is added only changes T.
 
     Args:
         M: Shape `(..., k, n)`, float32 or float64. The leading dimensions are a batch.
         R: Shape `(..., k, k)`, orthogonal. The identity at first.
         f: Base rule: takes `(..., k, n)`, returns that shape.
         policy: As above.
-        qr: Backend of `"qr"`; see `qr_factor`. `"cholesky"` falls back on Householder on a CPU, and on R
-            on an accelerator, which need not wait for the host then.
+        qr: Backend of `"qr"`; see `qr_factor`. Where `"cholesky"` fails, a CPU takes Householder's Q, and an
+            accelerator R, for which it need not wait for the host.
 
     Returns:
         A new orthogonal tensor of the shape of R.
@@ -163,10 +166,12 @@ def _next_rotation(
         raise ValueError(f"policy must be one of {', '.join(get_args(Policy))}, got {policy!r}")
     A = _total([M @ f(_rotated(M, R)).mT for M, f in zip(Ms, fs, strict=True)])
     norm = torch.linalg.vector_norm(A, dim=(-2, -1), keepdim=True)
-    A = A / norm.clamp_min(_FLOOR) + 100 * torch.finfo(A.dtype).eps * R
     if policy == "polar":
         new = polar_factor(A)
+    elif qr == "householder":
+        new = qr_factor(A)
     else:
+        A = A / norm.clamp_min(_FLOOR) + 100 * torch.finfo(A.dtype).eps * R
         new = qr_factor(A, qr, fallback=None if A.device.type == "cpu" else R)
     return torch.where(norm > 0, new, R)
 
@@ -202,9 +207,8 @@ class ARO(MatrixOptimizer):
     What the paper's aim, the fastest decrease of the loss under f, would ask for is ``policy="polar"``. The QR
     it prefers as more robust to noise may lower that rate, and drifts to the eigenvectors of :math:`M M^\top`.
 
-    Differences from the published algorithm: see `aro_rotation` for what is added before QR and
-    `aro_direction` for what counts as zero, both so that rank-deficient momenta and float32 do not make arbitrary
-    directions. The first gradient being zero moves nothing. The paper's rotations have determinant 1; here the
+    Differences from the published algorithm: rounding errors count as zero (see `aro_direction`), so that
+    rank-deficient momenta do not make arbitrary directions. Zero momentum moves nothing. The paper's rotations have determinant 1; here the
     diagonal of QR's triangle is positive instead, which changes no update, since base rules keep signs.
 
     Args:
@@ -424,7 +428,11 @@ class ARO(MatrixOptimizer):
         return self._own_base
 
 
-_STATELESS: dict[str, BaseRule] = {"sign": torch.sign, "row_norm": row_normalize}
+def _sign_rule(Z: Tensor) -> Tensor:
+    return torch.where(Z.isnan(), Z, Z.sign())  # by itself, sign makes 0 of NaN
+
+
+_STATELESS: dict[str, BaseRule] = {"sign": _sign_rule, "row_norm": row_normalize}
 
 
 def _stack(updates: Sequence[Tensor]) -> Tensor:
