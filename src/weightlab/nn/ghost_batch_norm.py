@@ -320,14 +320,17 @@ class GhostBatchNorm(_BatchNorm):
         self.num_batches_tracked.add_(count)
         for running, new in zip((self.running_mean, self.running_var), statistics, strict=True):
             assert running is not None
+            wide = torch.promote_types(running.dtype, torch.float32)
+            new = new.to(wide)
             if self.momentum is None:
-                running.lerp_(new.mean(0), (count / self.num_batches_tracked).to(running.dtype))
+                share = count / self.num_batches_tracked.to(wide)
+                running.lerp_(new.mean(0).to(running.dtype), share.to(running.dtype))
                 continue
             momentum = self.momentum
             if self.momentum_per == "batch":
                 momentum = 1 - (1 - momentum) ** (1 / count)
             # No matrix product: autocast would take it to half precision.
-            weights = running_weights(count, momentum, running)
+            weights = running_weights(count, momentum, new)
             running.mul_((1 - momentum) ** count).add_((weights[:, None] * new).sum(0))
 
     def extra_repr(self) -> str:
