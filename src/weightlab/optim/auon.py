@@ -324,6 +324,10 @@ class AuON(MatrixOptimizer):
         """Newton-Schulz takes stacks; the brake alone does not."""
         return group["ns_steps"] > 0
 
+    def cost(self, shape: Sequence[int], group: Group) -> float:
+        """As in `MatrixOptimizer` for Newton-Schulz; the brake alone costs nothing to speak of."""
+        return super().cost(shape, group) if group["ns_steps"] > 0 else 0.0
+
     def direction(self, update: Tensor, group: Group) -> Tensor:
         """Orthogonalise matrices, leave vectors alone."""
         return newton_schulz(update, "muon", group["ns_steps"], dtype=group["ns_dtype"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple, TypedDict, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from torch.optim.optimizer import ParamsT
 from weightlab.optim import multi_tensor
 from weightlab.optim.matrix_pieces import piece_sizes, pieces
 from weightlab.optim.parameter_split import is_matrix_name
+
+if TYPE_CHECKING:
+    from weightlab.optim.distributed import Sharing
 
 ApplyTo = Literal["matrices", "all"]
 NonFinite = Literal["ignore", "raise", "skip"]
@@ -136,6 +139,9 @@ class MatrixOptimizer(Optimizer):
     has_own_momentum: bool = False
     """Give the rule gradients; what it makes of the option `momentum` is its own business."""
 
+    sharing: Sharing | None = None
+    """How ranks share the rule's work; see `distribute`."""
+
     def __init__(
         self,
         params: ParamsT,
@@ -201,6 +207,21 @@ class MatrixOptimizer(Optimizer):
         """Factor on the learning rate for a parameter of this shape."""
         return 1.0
 
+    def cost(self, shape: Sequence[int], group: Group) -> float:
+        """About how much arithmetic the rule does on a parameter of this shape, in any unit.
+
+        Ranks that share the work balance it by this. Where it is 0, the rule costs no more than reading the
+        parameter, and each rank that has it whole moves it by itself. Default: m²·n for matrices, m ≤ n, 0 for
+        vectors.
+        """
+        views = pieces(torch.empty(tuple(shape), device="meta"), group["split"], group["stacked"])
+        sides = [(view.shape[0], math.prod(view.shape[1:])) for view in views if view.ndim > 1]
+        return float(sum(min(m, n) * m * n for m, n in sides))
+
+    def keeps_group_together(self, group: Group) -> bool:
+        """Whether the rule must see all parameters of a group in one call, on one rank."""
+        return False
+
     def check_group(self, group: Group) -> None:
         """Raise ValueError for options out of range. Subclasses add their own and call this one."""
         lr, momentum, weight_decay = group["lr"], group["momentum"], group["weight_decay"]
@@ -257,6 +278,7 @@ class MatrixOptimizer(Optimizer):
                             'leave it to AdamW (apply_to="matrices", or a group with use_matrix_rule=False)'
                         )
                     piece_sizes(shape, whole["split"], whole["stacked"])
+                    self._check_layout(entry)
             self.check_group(whole)
             super().add_param_group(part)
             for internal in ("adamw", "apply_to"):
@@ -274,6 +296,13 @@ class MatrixOptimizer(Optimizer):
                 f"{type(self).__name__} moves real floating-point parameters, got parameter{name} of "
                 f"{parameter.dtype} and shape {tuple(parameter.shape)}; give it to another optimizer"
             )
+
+    def _check_layout(self, entry: Tensor | tuple[str, Tensor]) -> None:
+        name, parameter = entry if isinstance(entry, tuple) else ("a parameter", entry)
+        if _is_distributed(parameter):
+            from weightlab.optim.distributed import layout_of
+
+            layout_of(parameter, name)
 
     def _takes(self, entry: Tensor | tuple[str, Tensor]) -> bool:
         if self.defaults["apply_to"] == "all":
@@ -317,6 +346,8 @@ class MatrixOptimizer(Optimizer):
                         f"{type(self).__name__} does not take sparse gradients, got {layout} for a "
                         f"parameter of shape {tuple(p.shape)}; use sparse=False or torch.optim.SparseAdam"
                     )
+                if _is_distributed(p):
+                    _check_placements(p)
         self._raise_for_nonfinite(work)
         for group, params in work:
             if params and group["use_matrix_rule"]:
@@ -343,33 +374,48 @@ class MatrixOptimizer(Optimizer):
     @contextmanager
     def _guarded(self, group: Group, params: list[Tensor]) -> Iterator[list[Tensor]]:
         """Give the gradients to step by; with `nonfinite="skip"`, undo the step where they are not finite."""
-        grads = [_grad(p) for p in params]
+        grads = [_local(_grad(p)) for p in params]
         if group["nonfinite"] != "skip":
             yield grads
             return
-        finite = _finite(grads)
-        before = [(p.clone(), _clone(self.state[p])) for p in params]
+        finite = _finite([_grad(p) for p in params])
+        before = [(_local(p).clone(), _clone(self.state[p])) for p in params]
         # Zeros keep NaN out of whatever a rule sets up at its first step.
         yield [torch.where(good, g, 0) for good, g in zip(finite, grads, strict=True)]
         for p, good, (old, old_state) in zip(params, finite, before, strict=True):
-            p.copy_(torch.where(good, p, old))
+            _local(p).copy_(torch.where(good, _local(p), old))
             self.state[p].update(_chosen(good, self.state[p], old_state))
 
+    def _share(self, params: Sequence[Tensor]) -> Sharing | None:
+        if self.sharing is None and any(_is_distributed(p) for p in params):
+            from weightlab.optim.distributed import Sharing
+
+            self.sharing = Sharing(self)
+        return self.sharing
+
+    def _ready_momentum(self, group: Group, params: Sequence[Tensor]) -> float:
+        """Set up the buffers that are missing and return their decay; 0 if there are to be none."""
+        momentum = 0.0 if self.has_own_momentum else group["momentum"]
+        for p in params if momentum != 0 else ():
+            if "momentum_buffer" not in self.state[p]:
+                zeros = torch.zeros_like(p, memory_format=torch.preserve_format)
+                self.state[p]["momentum_buffer"] = zeros
+        return momentum
+
     def _rule_step(self, group: Group, params: list[Tensor]) -> None:
-        for batch in self._batches(group, params):
+        sharing = self._share(params)
+        if sharing is not None:
+            params = sharing.step(group, params)
+        for batch in self._batches(group, params) if params else []:
+            momentum = self._ready_momentum(group, batch)
             states = [self.state[p] for p in batch]
-            momentum = 0.0 if self.has_own_momentum else group["momentum"]
-            if momentum != 0:
-                for p, state in zip(batch, states, strict=True):
-                    if "momentum_buffer" not in state:
-                        state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
             with self._guarded(group, batch) as grads:
                 if group["maximize"]:
                     grads = multi_tensor.neg(grads)
                 out = self._scratch(batch[0]) if len(batch) == 1 else None
                 updates = _momentum(grads, states, momentum, group["nesterov"], out)
                 if group["stacked"] or group["split"] is not None:
-                    self._move_pieces(batch, updates, states, group)
+                    self._move_pieces(batch, updates, states, group, self._move)
                 else:
                     self._move(batch, updates, states, group)
 
@@ -379,8 +425,9 @@ class MatrixOptimizer(Optimizer):
         updates: Sequence[Tensor],
         states: Sequence[dict[str, Any]],
         group: Group,
+        move: Callable[..., None],
     ) -> None:
-        """`_move` the matrices that the parameters hold; what the rule keeps of them goes under `pieces`."""
+        """`move` the matrices that the parameters hold; what the rule keeps of them goes under `pieces`."""
         split, stacked = group["split"], group["stacked"]
         targets = [pieces(p, split, stacked) for p in params]
         kept = [
@@ -395,7 +442,7 @@ class MatrixOptimizer(Optimizer):
         for i, target in enumerate(flat_targets):
             together.setdefault(self._stacking_key(target, group) if by_shape else None, []).append(i)
         for chosen in together.values():
-            self._move(
+            move(
                 [flat_targets[i] for i in chosen],
                 [flat_updates[i] for i in chosen],
                 [flat_states[i] for i in chosen],
@@ -413,18 +460,22 @@ class MatrixOptimizer(Optimizer):
         group: Group,
     ) -> None:
         """Step weights, of one device and dtype, by what the rule makes of their updates."""
-        if self.flatten:
-            updates = [u.flatten(1) if u.ndim > 2 else u for u in updates]
-        tensors, scales = self.directions(updates, states, group)
+        directions = self._shaped_directions(updates, states, group)
         factors = [self.lr_factor(p.shape, group) for p in targets]
-        if isinstance(tensors[0], LowRank):
-            pairs = cast(Sequence[LowRank], tensors)
-            _apply_low_rank(targets, pairs, scales, factors, group["lr"], group["weight_decay"])
-            return
-        tensors = cast(Sequence[Tensor], tensors)
-        if self.flatten:
-            tensors = [t.reshape(p.shape) if p.ndim > 2 else t for t, p in zip(tensors, targets, strict=True)]
-        _apply(targets, tensors, scales, factors, group["lr"], group["weight_decay"])
+        _apply(targets, directions, factors, group["lr"], group["weight_decay"])
+
+    def _shaped_directions(
+        self, updates: Sequence[Tensor], states: Sequence[dict[str, Any]], group: Group
+    ) -> Directions:
+        """`directions` for updates of any shape; what comes back has the shapes of the updates."""
+        if not self.flatten:
+            return self.directions(updates, states, group)
+        matrices = [u.flatten(1) if u.ndim > 2 else u for u in updates]
+        tensors, scales = self.directions(matrices, states, group)
+        if not isinstance(tensors[0], LowRank):
+            dense = cast(Sequence[Tensor], tensors)
+            tensors = [t.reshape(u.shape) if u.ndim > 2 else t for t, u in zip(dense, updates, strict=True)]
+        return Directions(tensors, scales)
 
     def _stacking_key(self, tensor: Tensor, group: Group) -> tuple[int, ...]:
         shape = tuple(tensor.shape)
@@ -478,10 +529,10 @@ class MatrixOptimizer(Optimizer):
         beta1, beta2 = group["betas"]
         with self._guarded(group, params) as grads:
             adamw(
-                params,
+                [_local(p) for p in params],
                 grads,
-                [self.state[p]["exp_avg"] for p in params],
-                [self.state[p]["exp_avg_sq"] for p in params],
+                [_local(self.state[p]["exp_avg"]) for p in params],
+                [_local(self.state[p]["exp_avg_sq"]) for p in params],
                 [],
                 [self.state[p]["step"] for p in params],
                 foreach=None if group["fused"] else group["foreach"],
@@ -585,17 +636,43 @@ def _label(group: Group, parameter: Tensor) -> str:
     return f"parameter {place} of its group, of shape {tuple(parameter.shape)}"
 
 
+def _is_distributed(tensor: Tensor) -> bool:
+    """Whether a tensor is a `DTensor`; `isinstance` would import what a single device has no use for."""
+    return type(tensor) not in (Tensor, nn.Parameter) and hasattr(tensor, "to_local")
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a `DTensor`; any other tensor itself."""
+    return cast(Any, tensor).to_local() if _is_distributed(tensor) else tensor
+
+
+def _check_placements(parameter: Tensor) -> None:
+    placed, grad = cast(Any, parameter), cast(Any, parameter.grad)
+    if not _is_distributed(grad) or grad.placements != placed.placements:
+        raise TypeError(
+            f"a gradient must be placed as its parameter is, got {getattr(grad, 'placements', 'a plain tensor')} "
+            f"for a parameter of shape {tuple(parameter.shape)} placed {placed.placements}; "
+            "reduce gradients before the step, e.g. by grad.redistribute(placements=parameter.placements)"
+        )
+
+
 def _finite(grads: Sequence[Tensor]) -> list[Tensor]:
-    """Whether each gradient is finite: 0-dim, on the device."""
-    return [
+    """Whether each gradient is finite, on whatever rank its parts are: 0-dim, on the device."""
+    held = [_local(g) for g in grads]
+    flags = [
         torch.linalg.vector_norm(g, math.inf).isfinite() if g.numel() else g.new_ones((), dtype=torch.bool)
-        for g in grads
+        for g in held
     ]
+    if any(_is_distributed(g) for g in grads):
+        from weightlab.optim.distributed import all_agree
+
+        return all_agree(flags, grads)
+    return flags
 
 
 def _clone(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return value.clone()
+        return _local(value).clone()
     if isinstance(value, dict):
         return {key: _clone(part) for key, part in value.items()}
     return [_clone(part) for part in value] if isinstance(value, list) else value
@@ -607,8 +684,10 @@ def _chosen(good: Tensor, new: Any, old: Any) -> Any:
         return {key: _chosen(good, part, old[key]) if key in old else part for key, part in new.items()}
     if isinstance(new, list) and len(new) == len(old):
         return [_chosen(good, part, before) for part, before in zip(new, old, strict=True)]
-    if isinstance(new, Tensor) and new.shape == old.shape:
-        return new.copy_(torch.where(good.to(new.device), new, old))
+    if isinstance(new, Tensor):
+        held = _local(new)
+        if held.shape == old.shape:
+            held.copy_(torch.where(good.to(held.device), held, old))
     return new
 
 
@@ -645,13 +724,29 @@ def _momentum(
 
 def _apply(
     params: Sequence[Tensor],
+    directions: Directions,
+    factors: Sequence[float],
+    lr: float | Tensor,
+    weight_decay: float,
+) -> None:
+    """Set each parameter to `(1 − lr·weight_decay)·p − lr·factor·scale·direction`."""
+    tensors, scales = directions
+    if isinstance(tensors[0], LowRank):
+        pairs = cast(Sequence[LowRank], tensors)
+        _apply_low_rank(params, pairs, scales, factors, lr, weight_decay)
+    else:
+        _apply_dense(params, cast(Sequence[Tensor], tensors), scales, factors, lr, weight_decay)
+
+
+def _apply_dense(
+    params: Sequence[Tensor],
     directions: Sequence[Tensor],
     scales: Sequence[Tensor] | None,
     factors: Sequence[float],
     lr: float | Tensor,
     weight_decay: float,
 ) -> None:
-    """Set each parameter to `(1 − lr·weight_decay)·p − lr·factor·scale·direction`."""
+    """As `_apply`, tensors of one device and dtype together."""
     targets = params
     if torch.finfo(params[0].dtype).bits < 32:
         # In half precision 1 − lr·weight_decay rounds to 1 and a small scale to 0; round only once.
