@@ -298,3 +298,12 @@ def test_state_size_counts_adam_as_two_copies():
     weight.sum().backward()
     optimizer.step()
     assert state_size([optimizer]) == pytest.approx((2 * weight.numel() * 4 + 4) / 2**20)
+
+
+def test_state_size_counts_nested_tensors_and_shared_ones_once():
+    weights = [torch.zeros(4, 4, requires_grad=True) for _ in range(2)]
+    optimizer = torch.optim.SGD(weights, lr=0.1)
+    shared = torch.zeros(16)
+    for weight in weights:
+        optimizer.state[weight] = {"factors": [torch.zeros(8), [torch.zeros(8)]], "rotation": shared}
+    assert state_size([optimizer]) == (2 * 16 + 16) * 4 / 2**20

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -45,8 +45,22 @@ class PeakMemory:
         return peak / MIB if sys.platform == "darwin" else peak / 1024
 
 
+def _tensors(value: object) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+
+
 def state_size(optimizers: Iterable[Optimizer]) -> float:
     """Return the size of all tensors in the optimizers' state, in MiB.
+
+    Tensors in lists and dictionaries count (SOAP keeps its factors so), and one that several
+    parameters share counts once.
 
     Example:
         >>> weight = torch.zeros(256, 1024, requires_grad=True)
@@ -56,13 +70,5 @@ def state_size(optimizers: Iterable[Optimizer]) -> float:
         >>> state_size([optimizer])
         1.0
     """
-    return (
-        sum(
-            value.numel() * value.element_size()
-            for optimizer in optimizers
-            for state in optimizer.state.values()
-            for value in state.values()
-            if isinstance(value, Tensor)
-        )
-        / MIB
-    )
+    found = {id(t): t for optimizer in optimizers for t in _tensors(optimizer.state)}
+    return sum(t.numel() * t.element_size() for t in found.values()) / MIB

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from weightlab.exceptions import TaskError, WeightlabError
+from weightlab.exceptions import MissingDependencyError, TaskError, WeightlabError
 from weightlab.tasks.base import Split, Task
 from weightlab.trial import registry
 from weightlab.trial.arm import Arm
@@ -293,8 +293,8 @@ def execute(job: Job, on_progress: Callable[[Progress], None] | None = None) -> 
         on_progress: Called about ten times a second, and once the untrained model is scored.
 
     Raises:
-        WeightlabError: When the *task* does not work, or a name cannot be resolved: no arm is to
-            blame, so there is no result.
+        WeightlabError: When the *task* does not work, a name cannot be resolved, or a package that the
+            arm needs is not installed: no method is to blame, so there is no result.
     """
     task, arm = registry.task(job.task_ref), registry.arm(job.arm_ref)
     threads = torch.get_num_threads()
@@ -312,6 +312,8 @@ def execute(job: Job, on_progress: Callable[[Progress], None] | None = None) -> 
             run.train(task, arm, model, batches)
         except Diverged as error:
             return run.result("diverged", str(error))
+        except MissingDependencyError:
+            raise
         except Exception as error:
             return run.result("error", describe(error))
         return run.result("ok")
