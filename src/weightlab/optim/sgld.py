@@ -15,7 +15,8 @@ from weightlab.optim import multi_tensor
 
 Preconditioner = Literal["rmsprop"] | None
 
-_PIECE = 2**15
+# Entries that stay in a CPU's cache along with their gradient and noise.
+_PIECE = 2**16
 
 
 class SGLD(Optimizer):
@@ -206,12 +207,19 @@ class SGLD(Optimizer):
 
     def _plain(self, params: list[Tensor], weight_decay: float, lr: float, noise: float) -> None:
         generator = self._generator(params[0].device)
+        draws: list[Tensor] = []
         for thetas, grads in _pieces(params):
             if weight_decay != 0:
                 grads = multi_tensor.add(grads, thetas, alpha=weight_decay)
             multi_tensor.add_(thetas, grads, alpha=-lr)
             if noise != 0:
-                multi_tensor.add_(thetas, _draws(thetas, generator), alpha=noise)
+                # The first piece is the largest; fresh memory for each would cost more than the addition.
+                draws = draws or [torch.empty_like(t) for t in thetas]
+                if draws[0].shape != thetas[0].shape:
+                    draws = [draws[0][: len(thetas[0])]]
+                for draw in draws:
+                    draw.normal_(generator=generator)
+                multi_tensor.add_(thetas, draws, alpha=noise)
 
     def _preconditioned(
         self, params: list[Tensor], averages: list[Tensor], group: dict[str, Any], lr: float, noise: float
@@ -225,11 +233,7 @@ class SGLD(Optimizer):
                 grad = grad.add(p, alpha=group["weight_decay"])
             p.addcdiv_(grad, root, value=-lr)
             if noise != 0:
-                p.addcdiv_(_draws([p], generator)[0], root.sqrt_(), value=noise)
-
-
-def _draws(like: list[Tensor], generator: torch.Generator) -> list[Tensor]:
-    return [torch.empty_like(t).normal_(generator=generator) for t in like]
+                p.addcdiv_(torch.empty_like(p).normal_(generator=generator), root.sqrt_(), value=noise)
 
 
 def _batches(params: list[Tensor], foreach: bool | None) -> Iterator[list[Tensor]]:
