@@ -5,7 +5,10 @@ from typing import TYPE_CHECKING
 from weightlab._lazy import exports
 
 if TYPE_CHECKING:
+    from weightlab.linalg.coefficient_fit import fit_newton_schulz, gaussian_spectrum, spectrum_error
     from weightlab.linalg.coefficients import COEFFICIENTS, CoefficientSet
+    from weightlab.linalg.column_selection import expand_basis_columns, select_basis_columns
+    from weightlab.linalg.dct import dct, dct_matrix
     from weightlab.linalg.matrix_sign import newton_schulz
     from weightlab.linalg.orthogonal_factor import cholesky_qr, eigenbasis, polar_factor, qr_factor
     from weightlab.linalg.orthogonality import orthogonality_error
@@ -19,11 +22,18 @@ __getattr__, __dir__, __all__ = exports(
         "CoefficientSet": ".coefficients",
         "cholesky_qr": ".orthogonal_factor",
         "clip_outliers": ".outliers",
+        "dct": ".dct",
+        "dct_matrix": ".dct",
         "eigenbasis": ".orthogonal_factor",
+        "fit_newton_schulz": ".coefficient_fit",
+        "gaussian_spectrum": ".coefficient_fit",
+        "expand_basis_columns": ".column_selection",
         "newton_schulz": ".matrix_sign",
         "orthogonality_error": ".orthogonality",
         "polar_factor": ".orthogonal_factor",
         "qr_factor": ".orthogonal_factor",
+        "select_basis_columns": ".column_selection",
         "sinkhorn_normalize": ".sinkhorn",
+        "spectrum_error": ".coefficient_fit",
     },
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -19,18 +20,25 @@ class CoefficientSet:
         safety: The matrix is divided by `safety · ‖X‖_F` first; above 1 where the polynomials
             diverge just beyond 1 and rounding must not carry a singular value there.
         source: Where the numbers come from.
+        by_shape: `((rows, columns), triples)` pairs, rows ≤ columns, for a set fitted to several shapes.
+            A matrix of another shape takes those of the nearest aspect ratio, by its logarithm:
+            the spread of a random matrix's singular values is a matter of the ratio, and hardly of the
+            size.
     """
 
     triples: tuple[Triple, ...]
     steps: int
     safety: float = 1.0
     source: str = ""
+    by_shape: tuple[tuple[tuple[int, int], tuple[Triple, ...]], ...] = ()
 
-    def schedule(self, steps: int | None = None) -> tuple[Triple, ...]:
+    def schedule(self, steps: int | None = None, shape: tuple[int, int] | None = None) -> tuple[Triple, ...]:
         """Return the triple of each step.
 
         Args:
             steps: Number of steps; `None` for the set's own.
+            shape: `(rows, columns)` of the matrix in either order, for a set with `by_shape`. Without
+                it, `triples` are used.
 
         Raises:
             ValueError: If `steps` is below 1, or beyond the steps that the set is fitted for.
@@ -38,18 +46,34 @@ class CoefficientSet:
         Example:
             >>> len(COEFFICIENTS["muon"].schedule()), len(COEFFICIENTS["cans"].schedule(3))
             (5, 3)
+            >>> COEFFICIENTS["root"].schedule(1, shape=(3072, 768))
+            ((2.9794, -3.6674, 1.6207),)
         """
         steps = self.steps if steps is None else steps
         if steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}")
-        if len(self.triples) == 1:
-            return self.triples * steps
-        if steps > len(self.triples):
+        triples = self._of_shape(shape)
+        if len(triples) == 1:
+            return triples * steps
+        if steps > len(triples):
             raise ValueError(
-                f"steps={steps} is more than the {len(self.triples)} triples that the coefficients hold; "
+                f"steps={steps} is more than the {len(triples)} triples that the coefficients hold; "
                 "ask for fewer steps, or give one triple, which is used at every step"
             )
-        return self.triples[:steps]
+        return triples[:steps]
+
+    def _of_shape(self, shape: tuple[int, int] | None) -> tuple[Triple, ...]:
+        if not self.by_shape or shape is None or min(shape) < 1:
+            return self.triples
+        shape = (min(shape), max(shape))
+        best, nearest = self.triples, math.inf
+        for (rows, columns), triples in self.by_shape:
+            if (rows, columns) == shape:
+                return triples
+            distance = abs(math.log(shape[1] / shape[0]) - math.log(columns / rows))
+            if distance < nearest:
+                best, nearest = triples, distance
+        return best
 
 
 COEFFICIENTS: dict[str, CoefficientSet] = {
@@ -95,6 +119,19 @@ COEFFICIENTS: dict[str, CoefficientSet] = {
         steps=5,
         source="Squeezing 1-2% Efficiency Gains Out of Muon by Optimizing the Newton-Schulz Coefficients "
         "(F. L. Cesista, You J., K. Jordan, 2025).",
+    ),
+    "root": CoefficientSet(
+        triples=((3.4445, -4.7750, 2.0315),),
+        steps=5,
+        by_shape=(
+            ((2048, 2048), ((3.4916, -4.8224, 2.1095),)),
+            ((2048, 3072), ((3.4509, -4.5790, 1.9325),)),
+            ((2048, 8192), ((2.9794, -3.6674, 1.6207),)),
+            ((2048, 16384), ((3.1943, -3.8221, 1.5322),)),
+        ),
+        source="ROOT: Robust Orthogonalized Optimizer for Neural Network Training, arXiv 2511.20626, official code; "
+        "one triple a shape, fitted to momentum mixed with random matrices. The official code takes Muon's "
+        "triple for other shapes, here it is the fitted one of the nearest aspect ratio.",
     ),
     "classic": CoefficientSet(
         triples=((15 / 8, -10 / 8, 3 / 8),),

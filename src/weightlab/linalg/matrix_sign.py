@@ -62,7 +62,7 @@ def newton_schulz(
     if X.ndim < 2:
         raise ValueError(f"newton_schulz needs matrices of shape (..., m, n), got {tuple(X.shape)}")
     chosen = resolve_coefficients(coefficients)
-    schedule = chosen.schedule(steps)
+    schedule = chosen.schedule(steps, (X.size(-2), X.size(-1)))
     if X.numel() == 0:
         return X.clone()
 
