@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Mean squares below it, of entries of which the largest is 1, count as zero.
+# Sums of squares below it, of entries of which the largest is 1, count as zero.
 _FLOOR = 1e-30
 
 
@@ -52,12 +52,13 @@ def sinkhorn_normalize(X: Tensor, iters: int = 5) -> Tensor:
     if X.numel() == 0:
         return X.clone()
     wide = X.to(torch.promote_types(X.dtype, torch.float32))
-    largest = torch.linalg.vector_norm(wide, torch.inf, dim=(-2, -1), keepdim=True)
+    largest = wide.abs().amax((-2, -1), keepdim=True)  # the maximum norm takes ten times as long on a CPU
     scaled = wide / largest.clamp_min(torch.finfo(wide.dtype).tiny)
     energies = scaled.square()
     m, n = X.shape[-2:]
+    # Squared scales, up to constant factors.
     rows = columns = scaled.new_ones((*X.shape[:-2], n, 1))
     for _ in range(iters):
-        rows = (energies @ columns / n).clamp_min(_FLOOR).reciprocal()
-        columns = (energies.mT @ rows / m).clamp_min(_FLOOR).reciprocal()
-    return scaled.mul_(rows.sqrt_()).mul_(columns.sqrt_().mT).to(X.dtype)
+        rows = (energies @ columns).clamp_min_(_FLOOR).reciprocal_()
+        columns = (energies.mT @ rows).clamp_min_(_FLOOR).reciprocal_()
+    return (scaled * rows.sqrt()).mul_((m * columns).sqrt().mT).to(X.dtype)
