@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from weightlab.linalg.coefficient_fit import fit_newton_schulz, gaussian_spectrum, spectrum_error
     from weightlab.linalg.coefficients import COEFFICIENTS, CoefficientSet
     from weightlab.linalg.column_selection import expand_basis_columns, select_basis_columns
-    from weightlab.linalg.dct import dct, dct_matrix
+    from weightlab.linalg.cosine_transform import dct, dct_matrix
     from weightlab.linalg.matrix_sign import newton_schulz
     from weightlab.linalg.orthogonal_factor import cholesky_qr, eigenbasis, polar_factor, qr_factor
     from weightlab.linalg.orthogonality import orthogonality_error
@@ -22,8 +22,8 @@ __getattr__, __dir__, __all__ = exports(
         "CoefficientSet": ".coefficients",
         "cholesky_qr": ".orthogonal_factor",
         "clip_outliers": ".outliers",
-        "dct": ".dct",
-        "dct_matrix": ".dct",
+        "dct": ".cosine_transform",
+        "dct_matrix": ".cosine_transform",
         "eigenbasis": ".orthogonal_factor",
         "fit_newton_schulz": ".coefficient_fit",
         "gaussian_spectrum": ".coefficient_fit",
