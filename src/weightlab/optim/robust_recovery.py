@@ -7,7 +7,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, TypeGuard, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -40,7 +40,10 @@ ESCAPE = 0.25
 DETECTION = 1.5
 """Ratio to its level under pure noise from which the start counts as evidence of a signal."""
 
-_BLOCK_BYTES = 2**20
+# Rows read at a time on a CPU; larger than one core's cache, since calls cost as well.
+_BLOCK_BYTES = 2**22
+# Entries of an operator from which a CPU solves problems one after another: alone, they stay in its cache.
+_ALONE = 2**17
 _NULL_DRAWS = 8
 _MEDIAN = 0.6744897501960817  # of the absolute value of a standard normal
 
@@ -169,6 +172,26 @@ def robust_recover(
     """
     rank = dim if rank is None else rank
     _check_options(dim, rank, alpha, lr, decay, max_iter, step, normalize, init)
+    if _better_alone(operator, y):
+        problems = [
+            robust_recover(
+                one,
+                values,
+                dim,
+                rank,
+                alpha=alpha,
+                lr=lr,
+                decay=decay,
+                max_iter=max_iter,
+                step=step,
+                normalize=normalize,
+                init=init,
+                center=center,
+                generator=generator,
+            )
+            for one, values in zip(operator, y, strict=True)
+        ]
+        return _stacked(problems)
     with torch.no_grad():
         sensing = _sensing(operator, y, dim, center)
         decay = auto_decay(lr, alpha) if decay is None else decay
@@ -261,6 +284,33 @@ def small_spectral_(
         U.copy_(alpha * scale.sqrt()[..., None, None] * _spectral_start(values, vectors, rank))
         _warn_if_no_start(scale, U)
     return U
+
+
+def _better_alone(operator: Operator, y: Tensor) -> TypeGuard[Tensor]:
+    return (
+        isinstance(operator, Tensor)
+        and isinstance(y, Tensor)
+        and y.ndim == 2
+        and operator.device.type == "cpu"
+        and operator.shape[:2] == y.shape
+        and operator[0].numel() >= _ALONE
+    )
+
+
+def _stacked(results: Sequence[RecoveryResult]) -> RecoveryResult:
+    def join(name: str, dim: int = 0) -> Tensor:
+        return torch.stack([getattr(result, name) for result in results], dim)
+
+    return RecoveryResult(
+        U=join("U"),
+        X=join("X"),
+        loss_history=join("loss_history", 1),
+        escaped=join("escaped"),
+        scale=join("scale"),
+        detection=join("detection"),
+        detected=join("detected"),
+        decay=results[0].decay,
+    )
 
 
 def _spectral_start(values: Tensor, vectors: Tensor, rank: int) -> Tensor:
