@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from weightlab.optim import AuON, HybridAuON, MatrixOptimizer, split_named_parameters
+from weightlab.optim import ROOT, AuON, HybridAuON, MatrixOptimizer, split_named_parameters
 
 METHODS = {
     "auon": AuON,
@@ -16,6 +16,8 @@ METHODS = {
     "auon-rms": partial(AuON, gamma="rms"),
     "hybrid": partial(HybridAuON, adjust_lr="match_rms_adamw"),
     "hybrid-bf16": partial(HybridAuON, ns_dtype=torch.bfloat16, ns_steps=3),
+    "root": ROOT,
+    "root-muon": partial(ROOT, clip_quantile=None, coefficients="muon", ns_dtype=torch.bfloat16),
     "mixed": partial(HybridAuON, apply_to="matrices", adamw={"lr": 1e-2, "weight_decay": 0.1}),
 }
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
@@ -464,7 +466,7 @@ def test_step_never_waits_for_the_device(name, tensor_lr):
         torch.ones(()).item()
 
 
-@pytest.mark.parametrize("name", ["auon", "auon-rms", "hybrid"])
+@pytest.mark.parametrize("name", ["auon", "auon-rms", "hybrid", "root"])
 def test_step_runs_where_no_values_exist(name):
     net = model().to("meta")
     for p in net.parameters():
