@@ -350,6 +350,10 @@ class ARO(MatrixOptimizer):
         """Products and decompositions take stacks."""
         return not group["share_rotation"]
 
+    def keeps_group_together(self, group: Group) -> bool:
+        """A frame that is shared is one for all."""
+        return bool(group["share_rotation"])
+
     def _batches(self, group: Group, params: list[Tensor]) -> list[list[Tensor]]:
         return [params] if group["share_rotation"] else super()._batches(group, params)
 
