@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         RecoveryResult,
         SensingOperator,
         robust_recover,
+        sign_correlation,
         small_spectral_,
     )
     from weightlab.optim.root import ROOT, RootOptions, root_update
@@ -56,6 +57,7 @@ __getattr__, __dir__, __all__ = exports(
         "robust_recover": ".robust_recovery",
         "root_update": ".root",
         "row_normalize": ".aro",
+        "sign_correlation": ".robust_recovery",
         "small_spectral_": ".robust_recovery",
         "split_named_parameters": ".parameter_split",
     },

@@ -232,6 +232,37 @@ def robust_recover(
     return RecoveryResult(U, X, history, escaped, scale, detection, detection >= DETECTION, decay)
 
 
+def sign_correlation(
+    U: Tensor, operator: Operator, y: Tensor, *, center: bool | None = None
+) -> tuple[Tensor, Tensor]:
+    r"""Return Q(U), the direction that `robust_recover` follows, and the mean absolute residual.
+
+    ``Q = sym(mean_i sign(<A_i, U Uᵀ> − y_i) A_i)`` with ``sign(0) = 0``; a sub-gradient of the loss is ``2 Q U``.
+    For standard normal A and ``Δ = U Uᵀ − X*`` it is close to ``φ·Δ/‖Δ‖_F`` with, for noise s,
+    ``φ = √(2/π)·E exp(−s²/(2‖Δ‖_F²))``: outliers of share p leave at least ``1 − p`` of it.
+
+    Args:
+        U: Factor `(*b, d, rank)`, with leading dimensions as `y` before its last.
+        operator: As in `robust_recover`.
+        y: Measurements, as there.
+        center: As there.
+
+    Returns:
+        Q `(*b, d, d)`, symmetric, and the loss `(*b,)`.
+
+    Raises:
+        TypeError: As `robust_recover`.
+        ValueError: As `robust_recover`, and for a shape of `U` that does not fit `y`.
+
+    Example:
+        >>> Q, loss = sign_correlation(torch.zeros(2, 1), torch.eye(2).expand(3, 2, 2), torch.ones(3))
+        >>> Q, loss
+        (tensor([[-1., -0.], [-0., -1.]]), tensor(1.))
+    """
+    _check_factor(U, y)
+    return _sign_fit(_sensing(operator, y, U.shape[-2], center), U, y)
+
+
 def auto_decay(lr: float, alpha: float) -> float:
     """Return the decay of the steps that lets a start of relative size `alpha` grow to full size.
 
@@ -269,11 +300,7 @@ def small_spectral_(
         >>> small_spectral_(U, A, torch.ones(5), alpha=0.1).shape
         torch.Size([3, 2])
     """
-    if U.ndim < 2 or U.shape[:-2] != y.shape[:-1]:
-        raise ValueError(
-            f"U must have shape {(*y.shape[:-1], 'd', 'rank')} to fit y of shape {tuple(y.shape)}, "
-            f"got {tuple(U.shape)}"
-        )
+    _check_factor(U, y)
     dim, rank = U.shape[-2:]
     _check_options(dim, rank, alpha, 0.2, None, None, "geometric", "fro", "spectral")
     with torch.no_grad():
@@ -551,6 +578,14 @@ def _mismatch(shape: tuple[int, ...], measurements: tuple[int, ...], dim: int) -
         f"operator must have shape (m, d, d) or (m, d) with m = {measurements[-1]} as y and d = dim = {dim}, "
         f"got {shape}"
     )
+
+
+def _check_factor(U: Tensor, y: Tensor) -> None:
+    if U.ndim < 2 or U.shape[:-2] != y.shape[:-1]:
+        dims = ", ".join([*map(str, y.shape[:-1]), "d", "rank"])
+        raise ValueError(
+            f"U must have shape ({dims}) to fit y of shape {tuple(y.shape)}, got {tuple(U.shape)}"
+        )
 
 
 def _check_options(
