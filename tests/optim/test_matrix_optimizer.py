@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from weightlab.optim import ROOT, AuON, HybridAuON, MatrixOptimizer, split_named_parameters
+from weightlab.optim import ROOT, AuON, DCTAdamW, HybridAuON, MatrixOptimizer, Trion, split_named_parameters
 
 METHODS = {
     "auon": AuON,
@@ -18,6 +18,9 @@ METHODS = {
     "hybrid-bf16": partial(HybridAuON, ns_dtype=torch.bfloat16, ns_steps=3),
     "root": ROOT,
     "root-muon": partial(ROOT, clip_quantile=None, coefficients="muon", ns_dtype=torch.bfloat16),
+    "dct-adamw": partial(DCTAdamW, rank=2, weight_decay=0.1),
+    "dct-adamw-feedback": partial(DCTAdamW, rank=0.5, update_gap=2, error_feedback="int8"),
+    "trion": partial(Trion, rank=2),
     "mixed": partial(HybridAuON, apply_to="matrices", adamw={"lr": 1e-2, "weight_decay": 0.1}),
 }
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)

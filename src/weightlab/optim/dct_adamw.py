@@ -261,7 +261,8 @@ def _by_svd(
         rows = _stacked([state["vectors"] for state in states])
         return project_tall(X, rows), rows
     rank = resolve_rank(group["rank"], X.shape[-1])
-    rows = torch.linalg.svd(X, full_matrices=False).Vh[..., :rank, :].contiguous()
+    # LAPACK refuses NaN; the projection of X itself carries it on.
+    rows = torch.linalg.svd(X.nan_to_num(0.0, 0.0, 0.0), full_matrices=False).Vh[..., :rank, :].contiguous()
     if not first and group["transport"]:
         rotation = _stacked([state["vectors"] for state in states]) @ rows.mT
         # Squares keep second moments positive; for a permutation both are the same.
