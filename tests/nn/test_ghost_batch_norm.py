@@ -249,13 +249,13 @@ class TestLayouts:
 
     def test_transposing_fold_equals_one_by_one(self):
         """The path that other devices take for contiguous ghosts, on a CPU."""
-        from weightlab.nn.ghost_batch_norm import _folded, _one_by_one
+        from weightlab.nn.ghost_batch_norm import _folded, ghost_normalize
 
         for x in (images(12, 2), images(12, 4), images(12, 4).contiguous(memory_format=torch.channels_last)):
             weight, bias = torch.rand(2, CHANNELS, dtype=torch.float64)
             first, second = torch.zeros(2, 2, 3, CHANNELS, dtype=torch.float64)
             folded = _folded(x, 3, weight, bias, first, 1e-5, transposed=True)
-            assert_same(folded, torch.cat(_one_by_one(x, 3, weight, bias, second, 1e-5)))
+            assert_same(folded, ghost_normalize(x, divide(12, 4), weight, bias, second))
             assert_same(first, second)
             assert folded.stride() == x.stride()
 

@@ -113,19 +113,24 @@ def ghost_normalize(
         tensor([-1.,  1., -1.,  1.])
     """
     whole, tail = ghosts
-    cut = x.shape[0] - tail
-    parts: list[Tensor] = []
-    if whole:
-        rows = None if statistics is None else statistics[:, :whole]
-        if assignment == "contiguous" and x.device.type == "cpu":
-            parts += _one_by_one(x[:cut], whole, weight, bias, rows, eps)
-        else:
-            transposed = assignment == "contiguous"
-            parts.append(_folded(x[:cut], whole, weight, bias, rows, eps, transposed=transposed))
-    if tail:
-        rows = None if statistics is None else statistics[:, whole:]
-        parts += _one_by_one(x[cut:], 1, weight, bias, rows, eps)
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
+    size = (x.shape[0] - tail) // max(whole, 1)
+    if assignment == "contiguous" and x.device.type == "cpu":
+        pieces = x.split([size] * whole + [tail] * (tail > 0))
+        rows = [None] * len(pieces) if statistics is None else statistics.unbind(1)
+        return torch.cat([_batch_norm(p, weight, bias, r, eps) for p, r in zip(pieces, rows, strict=True)])
+    transposed = assignment == "contiguous"
+    if not tail:
+        return _folded(x, whole, weight, bias, statistics, eps, transposed=transposed)
+    if not whole:
+        return _batch_norm(x, weight, bias, None if statistics is None else statistics[:, 0], eps)
+    head, rest = x.split([whole * size, tail])
+    first, last = (None, None) if statistics is None else (statistics[:, :whole], statistics[:, whole])
+    return torch.cat(
+        [
+            _folded(head, whole, weight, bias, first, eps, transposed=transposed),
+            _batch_norm(rest, weight, bias, last, eps),
+        ]
+    )
 
 
 def _folded(
@@ -157,19 +162,6 @@ def _folded(
     if transposed:
         y = y.unflatten(0, (size, ghosts)).transpose(0, 1).flatten(0, 1)
     return y.contiguous(memory_format=layout)
-
-
-def _one_by_one(
-    x: Tensor,
-    ghosts: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    statistics: Tensor | None,
-    eps: float,
-) -> list[Tensor]:
-    pieces = x.split(x.shape[0] // ghosts)
-    rows = [None] * ghosts if statistics is None else statistics.unbind(1)
-    return [_batch_norm(piece, weight, bias, row, eps) for piece, row in zip(pieces, rows, strict=True)]
 
 
 def _batch_norm(
