@@ -206,6 +206,7 @@ def robust_recover(
         )
         U = alpha * scale.sqrt()[..., None, None] * B
         _warn_if_no_start(scale, U)
+        started = (U != 0).flatten(-2).any(-1)
 
         history = y.new_empty(steps + 1, *y.shape[:-1])
         for t in range(steps):
@@ -221,10 +222,11 @@ def robust_recover(
         _, history[steps] = _sign_fit(sensing, U, y)
 
         X = U @ U.mT
-        escaped = X.norm(dim=(-2, -1)) >= ESCAPE * scale
-        if not bool(escaped.all()):
+        escaped = started & (X.norm(dim=(-2, -1)) >= ESCAPE * scale)
+        stuck = int((started & ~escaped).sum())
+        if stuck:
             warnings.warn(
-                f"{int((~escaped).sum())} of {escaped.numel()} results did not escape the origin: steps shrank "
+                f"{stuck} of {escaped.numel()} results did not escape the origin: steps shrank "
                 f"before the signal had grown; raise decay ({decay:.6g}), alpha ({alpha:g}) or max_iter ({steps})",
                 stacklevel=2,
             )
@@ -256,8 +258,8 @@ def sign_correlation(
 
     Example:
         >>> Q, loss = sign_correlation(torch.zeros(2, 1), torch.eye(2).expand(3, 2, 2), torch.ones(3))
-        >>> Q, loss
-        (tensor([[-1., -0.], [-0., -1.]]), tensor(1.))
+        >>> Q.diag(), loss
+        (tensor([-1., -1.]), tensor(1.))
     """
     _check_factor(U, y)
     return _sign_fit(_sensing(operator, y, U.shape[-2], center), U, y)
@@ -487,8 +489,9 @@ class _RankOne(_Sensing):
 
 
 class _Custom(_Sensing):
-    def __init__(self, operator: SensingOperator, count: int) -> None:
+    def __init__(self, operator: SensingOperator, count: int, dim: int) -> None:
         self.count = self.rows = count
+        self.dim = dim
         self.parts = (operator,)
 
     def point(self, U: Tensor) -> Tensor:
@@ -507,8 +510,10 @@ class _Custom(_Sensing):
         return part.adjoint(v)
 
     def finish(self, total: Tensor) -> Tensor:
-        if total.ndim != 2 or total.shape[0] != total.shape[1]:
-            raise ValueError(f"operator.adjoint must return a square matrix, got shape {tuple(total.shape)}")
+        if total.shape != (self.dim, self.dim):
+            raise ValueError(
+                f"operator.adjoint must return a matrix of {self.dim} by {self.dim}, got shape {tuple(total.shape)}"
+            )
         return (total + total.mT) / (2 * self.count)
 
 
@@ -548,7 +553,7 @@ def _arranged(operator: Operator, y: Tensor, dim: int) -> _Sensing:
             raise ValueError(
                 f"an operator object takes one problem at a time, got y of shape {tuple(y.shape)}"
             )
-        return _Custom(operator, len(y))
+        return _Custom(operator, len(y), dim)
     if operator.dtype != y.dtype or operator.device != y.device:
         raise TypeError(
             f"operator and y must agree, got {operator.dtype} on {operator.device} and {y.dtype} on {y.device}"
@@ -619,7 +624,7 @@ def _check_options(
 def _warn_if_no_start(scale: Tensor, U: Tensor) -> None:
     if not bool((scale > 0).all()):
         warnings.warn("at least half of y is zero: the result is U = 0", stacklevel=3)
-    elif not bool((U != 0).any(-1).any(-1).all()):
+    elif not bool((U != 0).flatten(-2).any(-1).all()):
         warnings.warn(
             "-Q(0) has no positive eigenvalue, so there is no semi-definite signal to start from: the result "
             "is U = 0. Check the sign of y",
