@@ -133,8 +133,9 @@ class SubGM(Optimizer):
 def _relative_step(params: list[Tensor], share: float) -> None:
     """Move each parameter against its gradient by a share of its own norm."""
     grads = [p.grad for p in params if p.grad is not None]
-    sizes = torch.stack(multi_tensor.norm(params)).float()
-    slopes = torch.stack(multi_tensor.norm(grads)).float()
+    dtype = torch.promote_types(params[0].dtype, torch.float32)
+    sizes = torch.stack(multi_tensor.norm(params)).to(dtype)
+    slopes = torch.stack(multi_tensor.norm(grads)).to(dtype)
     ratios = torch.where(slopes > 0, sizes / slopes, 0.0)
     # A NaN in a gradient must show, as it does with every other optimizer.
     ratios = torch.where(slopes.isnan(), slopes, ratios).to(params[0].dtype)
