@@ -14,11 +14,13 @@ def gaussian(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.fixture(params=["all", "bracket"])
+@pytest.fixture(params=["all", "bracket", "device"])
 def search(request, monkeypatch):
-    """Both ways of finding the quantile on a CPU."""
-    monkeypatch.setattr(outliers, "_LARGE", 1 if request.param == "bracket" else 2**60)
-    monkeypatch.setattr(outliers, "_SAMPLE", 64)
+    """The three ways of finding the quantile."""
+    monkeypatch.setattr(outliers, "_LARGE", 100 if request.param == "bracket" else 2**60)
+    monkeypatch.setattr(outliers, "_PIECE", 300)
+    if request.param == "device":
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     return request.param
 
 
@@ -165,10 +167,8 @@ def test_sample_takes_rows_and_columns_alike(shape):
 def test_bracket_that_misses_falls_back(monkeypatch):
     """All entries of the sample are zero although most entries are not."""
     monkeypatch.setattr(outliers, "_LARGE", 1)
-    monkeypatch.setattr(outliers, "_SAMPLE", 16)
-    x = gaussian(1, 1000)
-    outside = x.clone()
-    chosen = outliers._spread(torch.arange(1000).float(), 16).long()
+    outside = gaussian(1, 1000)
+    chosen = outliers._spread(torch.arange(1000).float(), 1000 // 32).long()
     outside[0, chosen] = 0.0
     torch.testing.assert_close(clip_outliers(outside).double(), reference(outside, 0.9), rtol=1e-6, atol=0)
 
@@ -179,6 +179,13 @@ def test_more_entries_than_torch_quantile_takes():
         x.quantile(0.9)
     clipped = clip_outliers(x, 0.5)
     assert clipped.max().item() == pytest.approx((2**24 + 1) / 2)
+
+
+def test_gradient_flows_through_what_is_kept():
+    x = gaussian(9, 8).requires_grad_()
+    clipped = clip_outliers(x)
+    clipped.sum().backward()
+    assert torch.equal(x.grad, (clipped == x).float())
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])

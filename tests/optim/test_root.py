@@ -198,6 +198,12 @@ def test_few_nonzero_entries_still_move():
     assert made[2, 3] > 0
 
 
+def test_sampled_quantile_moves_almost_alike():
+    u = gaussian(128, 200)
+    assert cosine(root_update(u, clip_sample=2000), root_update(u)) > 0.999
+    assert not torch.equal(root_update(u, clip_sample=2000), root_update(u))
+
+
 def test_batch_equals_one_at_a_time():
     u = gaussian(3, 10, 14)
     together = root_update(u)
@@ -251,6 +257,7 @@ def test_groups_set_their_own_options():
     [
         ({"clip_quantile": 0.0}, ValueError, "clip_quantile must be in"),
         ({"clip_quantile": 1.01}, ValueError, "clip_quantile must be in"),
+        ({"clip_sample": 0}, ValueError, "clip_sample"),
         ({"ns_steps": 0}, ValueError, "ns_steps"),
         ({"ns_steps": 2.0}, ValueError, "ns_steps"),
         ({"ns_steps": 6, "coefficients": "polar_express"}, ValueError, "5 triples"),

@@ -34,6 +34,7 @@ class RootOptions(TypedDict, total=False):
 
     Attributes:
         clip_quantile: Quantile of the absolute values at which entries are clipped; `None` leaves them.
+        clip_sample: Entries of a matrix to estimate that quantile from; `None` for all.
         coefficients: Of the Newton-Schulz steps: a name, triples, or a table by shape.
         ns_steps: Number of these steps.
         ns_dtype: Type of these steps.
@@ -42,6 +43,7 @@ class RootOptions(TypedDict, total=False):
     """
 
     clip_quantile: float | None
+    clip_sample: int | None
     coefficients: Coefficients
     ns_steps: int
     ns_dtype: torch.dtype | None
@@ -53,6 +55,7 @@ def root_update(
     update: Tensor,
     *,
     clip_quantile: float | None = 0.9,
+    clip_sample: int | None = None,
     coefficients: Coefficients = "root",
     ns_steps: int = 5,
     ns_dtype: torch.dtype | None = None,
@@ -62,7 +65,8 @@ def root_update(
 
     Args:
         update: Shape `(..., m, n)`, floating point.
-        clip_quantile: As in `clip_outliers`; `None` does not clip.
+        clip_quantile: As `q` in `clip_outliers`; `None` does not clip.
+        clip_sample: As `sample` there.
         coefficients: As `newton_schulz` takes them, or a table: sides of a matrix -> `(a, b, c)` triples.
             Shapes that a table does not hold take those of the nearest aspect ratio.
         ns_steps: Number of Newton-Schulz steps.
@@ -88,7 +92,7 @@ def root_update(
                 [0., 1., 0.]])
     """
     if clip_quantile is not None and clip_quantile != 1:
-        update = clip_outliers(update, clip_quantile, eps=_QUANTILE_EPS)
+        update = clip_outliers(update, clip_quantile, eps=_QUANTILE_EPS, sample=clip_sample)
     chosen = _table(coefficients, ns_steps) if isinstance(coefficients, Mapping) else coefficients
     return newton_schulz(update, chosen, ns_steps, eps=eps, dtype=ns_dtype)
 
@@ -132,6 +136,8 @@ class ROOT(MatrixOptimizer):
         nesterov: Look ahead by one step. Default True, as in the official code; the paper has none.
         clip_quantile: Quantile in (0, 1] of the absolute values at which entries are clipped. Default 0.9;
             ``None`` or 1 clips nothing.
+        clip_sample: Estimate that quantile from so many entries of each matrix; on a CPU with many cores it
+            is the part of a step that they do not share. Default None: all. See `clip_outliers`.
         coefficients: Of the Newton-Schulz steps: a name out of `COEFFICIENTS`, ``(a, b, c)`` triples, or a
             table ``{(rows, columns): triples}``, such as ``{(m, n): fit_newton_schulz((m, n)).triples}``,
             where a shape that it does not hold takes those of the nearest aspect ratio. Default
@@ -178,6 +184,7 @@ class ROOT(MatrixOptimizer):
         nesterov: bool = True,
         *,
         clip_quantile: float | None = 0.9,
+        clip_sample: int | None = None,
         coefficients: Coefficients = "root",
         ns_steps: int = 5,
         ns_dtype: torch.dtype | None = None,
@@ -191,6 +198,7 @@ class ROOT(MatrixOptimizer):
     ) -> None:
         options: RootOptions = {
             "clip_quantile": clip_quantile,
+            "clip_sample": clip_sample,
             "coefficients": coefficients,
             "ns_steps": ns_steps,
             "ns_dtype": ns_dtype,
@@ -214,6 +222,8 @@ class ROOT(MatrixOptimizer):
         super().check_group(group)
         if group["clip_quantile"] is not None:
             check_quantile(group["clip_quantile"], "clip_quantile")
+        if group["clip_sample"] is not None and group["clip_sample"] < 1:
+            raise ValueError(f"clip_sample must be at least 1, or None for all, got {group['clip_sample']}")
         check_adjust_lr(group["adjust_lr"])
         if not (isinstance(group["ns_steps"], int) and group["ns_steps"] >= 1):
             raise ValueError(f"ns_steps must be an integer of at least 1, got {group['ns_steps']!r}")
@@ -243,6 +253,7 @@ class ROOT(MatrixOptimizer):
         return root_update(
             update,
             clip_quantile=group["clip_quantile"],
+            clip_sample=group["clip_sample"],
             coefficients=group["coefficients"],
             ns_steps=group["ns_steps"],
             ns_dtype=group["ns_dtype"],
