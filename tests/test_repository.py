@@ -22,7 +22,7 @@ from weightlab.papers import all_papers
 from weightlab.trial import run_trial
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ("linalg", "optim", "papers", "tasks", "trial")
+ROOMS = ("linalg", "nn", "optim", "papers", "tasks", "train", "trial")
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 
@@ -180,6 +180,14 @@ def test_public_names_of_a_room_are_on_its_api_page(room: str):
     module = importlib.import_module(f"weightlab.{room}")
     public = {name for name in module.__all__ if not isinstance(getattr(module, name), ModuleType)}
     assert public - documented == set()
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/index.md"])
+def test_number_of_working_methods_is_true(name: str):
+    told = re.findall(r"(\d+) of the (\d+) methods work", (ROOT / name).read_text())
+    entries = all_papers()
+    working = [entry for entry in entries if entry.status != "planned"]
+    assert told == [(str(len(working)), str(len(entries)))]
 
 
 def test_every_room_is_reachable_from_the_package():
