@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING
 from weightlab._lazy import exports
 
 if TYPE_CHECKING:
-    from weightlab.train import large_batch
     from weightlab.train.distance_from_init import DistanceFromInit, Law, fit_laws
     from weightlab.train.large_batch import MultiplicativeGradientNoise, Regime, adapt_regime, scale_lr
 
@@ -18,7 +17,6 @@ __getattr__, __dir__, __all__ = exports(
         "Regime": ".large_batch",
         "adapt_regime": ".large_batch",
         "fit_laws": ".distance_from_init",
-        "large_batch": "",
         "scale_lr": ".large_batch",
     },
 )
