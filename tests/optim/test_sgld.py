@@ -7,7 +7,9 @@ import torch
 from torch import nn
 from torch.optim import SGD
 
+from weightlab import tasks
 from weightlab.optim import SGLD
+from weightlab.trial import registry
 
 
 def seeded(seed=0):
@@ -355,3 +357,15 @@ def test_options_out_of_range(options, words):
 def test_bad_parameters(params, kind, words):
     with pytest.raises(kind, match=words):
         SGLD(params, 0.1, 10, generator=seeded())
+
+
+def test_arms_take_the_digits_for_the_data():
+    task = tasks.get("digits-mlp")
+    n_data = sum(len(batch[0]) for batch in task.batches("train", seeded()))
+    for name in ("sgld", "sgld-tempered", "sgld-cold", "psgld"):
+        arm = registry.arm(name)
+        assert len(arm.search_space) == 2
+        optimizer = arm.optimizer(task.build(seeded()), {"temperature": 0.5, **arm.defaults})
+        (group,) = optimizer.param_groups
+        assert group["n_data"] == pytest.approx(n_data, rel=0.03)
+        assert group["temperature"] == {"sgld-cold": 0.0, "sgld-tempered": 0.5}.get(name, 1.0)

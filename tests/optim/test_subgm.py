@@ -5,8 +5,10 @@ import pytest
 import torch
 from torch import nn
 
+from weightlab import tasks
 from weightlab.optim import SubGM, robust_recover, small_spectral_
 from weightlab.optim.robust_recovery import auto_decay
+from weightlab.trial import registry
 
 D, R = 8, 2
 
@@ -230,3 +232,15 @@ def test_options_out_of_range(options, words):
 def test_parameters_it_cannot_move(dtype):
     with pytest.raises(TypeError, match=str(dtype)):
         SubGM([torch.ones(2, dtype=dtype)])
+
+
+def test_arm_moves_every_parameter_once():
+    net, arm = tasks.get("digits-mlp").build(torch.Generator().manual_seed(0)), registry.arm("subgm")
+    optimizers = arm.optimizer(net, arm.defaults)
+    before = [p.detach().clone() for p in net.parameters()]
+    net(torch.ones(1, 64)).square().sum().backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    moved = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(map(id, moved)) == sorted(map(id, net.parameters()))
+    assert all((p != q).any() for p, q in zip(net.parameters(), before, strict=True))
