@@ -253,8 +253,9 @@ class ARO(MatrixOptimizer):
 
     Complexity:
         With k the rotated and n the other side, `8·k²·n` flops, and about `3·k³` for QR; Muon takes
-        `20·k²·n + 10·k³`. Without turning, `4·k²·n`. State: the momentum, in the parameter's dtype, and k² numbers in
-        float32 (float64 for float64), and k·n more with ``base="adam"``. All arithmetic is in float32 at least.
+        `20·k²·n + 10·k³`. Without turning, `4·k²·n`. State: the momentum, in the parameter's dtype; the frame, k² numbers in
+        float32 (float64 for float64; none with ``policy="none"``); k·n more with ``base="adam"``. All arithmetic is in
+        float32 at least.
 
     Example:
         >>> model = torch.nn.Linear(6, 4)
