@@ -208,7 +208,7 @@ class SGLD(Optimizer):
     def _plain(self, params: list[Tensor], weight_decay: float, lr: float, noise: float) -> None:
         generator = self._generator(params[0].device)
         draws: list[Tensor] = []
-        for thetas, grads in _pieces(params):
+        for thetas, grads in _pieces(params, small=noise != 0):
             if weight_decay != 0:
                 grads = multi_tensor.add(grads, thetas, alpha=weight_decay)
             multi_tensor.add_(thetas, grads, alpha=-lr)
@@ -245,11 +245,11 @@ def _batches(params: list[Tensor], foreach: bool | None) -> Iterator[list[Tensor
     yield from batches.values()
 
 
-def _pieces(params: list[Tensor]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Yield parameters with gradients; a large one on a CPU in pieces that stay in its cache."""
+def _pieces(params: list[Tensor], small: bool) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Yield parameters with gradients; if `small`, a large one on a CPU in pieces that stay in its cache."""
     grads: list[Any] = [p.grad for p in params]
     p, grad = params[0], grads[0]
-    if len(params) > 1 or p.device.type != "cpu" or p.numel() <= _PIECE or not p.is_contiguous():
+    if not small or len(params) > 1 or p.device.type != "cpu" or p.numel() <= _PIECE or not p.is_contiguous():
         yield params, grads
     else:
         pairs = zip(p.view(-1).split(_PIECE), grad.reshape(-1).split(_PIECE), strict=True)
