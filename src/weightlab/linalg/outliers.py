@@ -74,7 +74,7 @@ def clip_outliers(
     kept = X.ndim - min(X.ndim, 2)
     bound = _quantile(X.detach().flatten(kept), q, sample) + eps
     bound = bound.to(X.dtype).reshape(*X.shape[:kept], *(1,) * (X.ndim - kept))
-    return torch.maximum(torch.minimum(X, bound), -bound)
+    return X.clamp(-bound, bound)
 
 
 def check_quantile(q: float, name: str = "q") -> None:
