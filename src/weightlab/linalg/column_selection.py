@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Literal, NamedTuple, get_args
 
@@ -147,38 +148,30 @@ def basis_vectors(indices: Tensor, n: int, basis: Basis, dtype: torch.dtype) -> 
     return _cached_vectors(n, basis, dtype, indices.device)[indices]
 
 
-def carry_columns(moments: Tensor, previous: Tensor, current: Tensor) -> Tensor:
+def carry_columns(moments: Sequence[Tensor], previous: Tensor, current: Tensor) -> list[Tensor]:
     r"""Move columns that belong to basis vectors to where these are now.
 
-    Equals :math:`\text{moments} \cdot Q_{:,\text{previous}}^\top Q_{:,\text{current}}`, since the product of
+    Equals :math:`M\, Q_{:,\text{previous}}^\top Q_{:,\text{current}}` for each M, since the product of
     columns of one orthogonal matrix is a partial permutation: vectors that stay keep their column, new
     ones start from zero, dropped ones are lost.
 
     Args:
-        moments: Shape `(..., m, r)`.
+        moments: Shape `(..., m, r)` each.
         previous: Indices of the columns, int64 `(..., r)`, ascending.
         current: Indices that are wanted, int64 `(..., s)`.
 
     Returns:
-        Shape `(..., m, s)`.
+        Shape `(..., m, s)` each.
 
     Example:
-        >>> carry_columns(torch.tensor([[1.0, 2.0]]), torch.tensor([3, 5]), torch.tensor([1, 5]))
-        tensor([[0., 2.]])
+        >>> carry_columns([torch.tensor([[1.0, 2.0]])], torch.tensor([3, 5]), torch.tensor([1, 5]))
+        [tensor([[0., 2.]])]
     """
-    return take_slots(moments, column_slots(previous, current))
-
-
-def column_slots(previous: Tensor, current: Tensor) -> Tensor:
-    """Place of each current index among the previous ones, and their number where it is new."""
     count = previous.shape[-1]
     slots = torch.searchsorted(previous, current).clamp_(max=count - 1)
-    return torch.where(previous.gather(-1, slots) == current, slots, count)
-
-
-def take_slots(moments: Tensor, slots: Tensor) -> Tensor:
-    """Columns at `slots`; zero where a slot is one past the last."""
-    return _take_columns(torch.nn.functional.pad(moments, (0, 1)), slots)
+    # New vectors take a column of zeros, one past the last: NaN in a dropped column stays behind.
+    slots = torch.where(previous.gather(-1, slots) == current, slots, count)
+    return [_take_columns(torch.nn.functional.pad(M, (0, 1)), slots) for M in moments]
 
 
 def resolve_rank(rank: int | float, n: int) -> int:

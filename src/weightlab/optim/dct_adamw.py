@@ -14,14 +14,13 @@ from weightlab.linalg.column_selection import (
     Basis,
     Norm,
     basis_vectors,
+    carry_columns,
     check_basis,
     check_norm,
     check_rank,
-    column_slots,
     project_tall,
     resolve_rank,
     select_tall,
-    take_slots,
 )
 from weightlab.linalg.cosine_transform import Transform, uses_fft
 from weightlab.optim.matrix_optimizer import (
@@ -247,9 +246,11 @@ def _by_columns(
         return project_tall(X, rows), rows
     low, indices = select_tall(X, group["rank"], basis, group["select_norm"], group["transform"])
     if not first and group["transport"]:
-        slots = column_slots(_stacked([state["indices"] for state in states]), indices)
-        for name in ("low_exp_avg", "low_exp_avg_sq"):
-            _replace(states, name, take_slots(_stacked([s[name] for s in states]), slots))
+        previous = _stacked([state["indices"] for state in states])
+        names = ("low_exp_avg", "low_exp_avg_sq")
+        moments = [_stacked([state[name] for state in states]) for name in names]
+        for name, carried in zip(names, carry_columns(moments, previous, indices), strict=True):
+            _replace(states, name, carried)
     _replace(states, "indices", indices)
     return low, basis_vectors(indices, n, basis, X.dtype)
 
