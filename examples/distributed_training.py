@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from sklearn.datasets import load_digits
 from torch import nn
-from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -42,7 +41,9 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--shard", action="store_true", help="FSDP2 instead of DDP")
-    parser.add_argument("--checkpoint", type=Path, help="folder to go on from, and to save to at the end")
+    parser.add_argument(
+        "--checkpoint", type=Path, help="folder whose last step to go on from; saved to at the end"
+    )
     args = parser.parse_args()
 
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
@@ -57,13 +58,13 @@ def main() -> None:
     else:
         run, optimizer = DistributedDataParallel(model), distribute(optimizer_for(model))
 
-    first = 0
-    if args.checkpoint and args.checkpoint.exists():
+    saved_steps = [int(folder.name) for folder in args.checkpoint.glob("*")] if args.checkpoint else []
+    first = max(saved_steps, default=0)
+    if first:
         parts = get_state_dict(model, optimizer)
-        saved = {"model": parts[0], "optimizer": parts[1], "step": 0}
-        load(saved, checkpoint_id=args.checkpoint)
+        saved = {"model": parts[0], "optimizer": parts[1]}
+        load(saved, checkpoint_id=args.checkpoint / str(first))
         set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"])
-        first = saved["step"]
 
     x, y = (torch.as_tensor(part, device=device) for part in load_digits(return_X_y=True))
     x = x.float() / 16
@@ -83,8 +84,8 @@ def main() -> None:
         )
     if args.checkpoint:
         parts = get_state_dict(model, optimizer)
-        saved = {"model": parts[0], "optimizer": parts[1], "step": args.steps}
-        save(saved, storage_writer=FileSystemWriter(args.checkpoint, overwrite=True))
+        saved = {"model": parts[0], "optimizer": parts[1]}
+        save(saved, checkpoint_id=args.checkpoint / str(args.steps))
     dist.destroy_process_group()
 
 
