@@ -9,10 +9,11 @@ if TYPE_CHECKING:
     from weightlab.linalg.coefficients import COEFFICIENTS, CoefficientSet
     from weightlab.linalg.column_selection import expand_basis_columns, select_basis_columns
     from weightlab.linalg.cosine_transform import dct, dct_matrix
-    from weightlab.linalg.matrix_sign import newton_schulz
+    from weightlab.linalg.matrix_sign import newton_schulz, newton_schulz_foreach
     from weightlab.linalg.orthogonal_factor import cholesky_qr, eigenbasis, polar_factor, qr_factor
     from weightlab.linalg.orthogonality import orthogonality_error
     from weightlab.linalg.outliers import clip_outliers
+    from weightlab.linalg.padding import common_shape, merge_shapes, stack_padded, unstack_padded
     from weightlab.linalg.sinkhorn import sinkhorn_normalize
 
 __getattr__, __dir__, __all__ = exports(
@@ -22,18 +23,23 @@ __getattr__, __dir__, __all__ = exports(
         "CoefficientSet": ".coefficients",
         "cholesky_qr": ".orthogonal_factor",
         "clip_outliers": ".outliers",
+        "common_shape": ".padding",
         "dct": ".cosine_transform",
         "dct_matrix": ".cosine_transform",
         "eigenbasis": ".orthogonal_factor",
+        "expand_basis_columns": ".column_selection",
         "fit_newton_schulz": ".coefficient_fit",
         "gaussian_spectrum": ".coefficient_fit",
-        "expand_basis_columns": ".column_selection",
+        "merge_shapes": ".padding",
         "newton_schulz": ".matrix_sign",
+        "newton_schulz_foreach": ".matrix_sign",
         "orthogonality_error": ".orthogonality",
         "polar_factor": ".orthogonal_factor",
         "qr_factor": ".orthogonal_factor",
         "select_basis_columns": ".column_selection",
         "sinkhorn_normalize": ".sinkhorn",
         "spectrum_error": ".coefficient_fit",
+        "stack_padded": ".padding",
+        "unstack_padded": ".padding",
     },
 )
