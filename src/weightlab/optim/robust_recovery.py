@@ -45,7 +45,7 @@ _BLOCK_BYTES = 2**22
 # Entries of an operator from which a CPU solves problems one after another: alone, they stay in its cache.
 _ALONE = 2**17
 _NULL_DRAWS = 8
-_MEDIAN = 0.6744897501960817  # of the absolute value of a standard normal
+_QUARTILE = 0.31863936396437514  # the lower one of the absolute value of a standard normal
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,12 @@ class RecoveryResult:
         loss_history: Mean absolute residual before every step and after the last, `(max_iter + 1, *b)`.
         escaped: Whether ``‖X‖_F`` reached a quarter of `scale`, `(*b,)`; if not, the steps shrank before the
             signal had grown, and `U` means nothing. A quarter leaves room for outliers, which raise `scale`.
-        scale: ``median|y|`` over the median measurement of a unit matrix: about ``‖X*‖_F``, more if there are
-            outliers, `(*b,)`.
+        scale: Lower quartile of ``|y|`` (less the median if an offset is fitted) over that of the measurements
+            of a unit matrix: about ``‖X*‖_F``, twice as much if half of y are outliers, `(*b,)`.
         detection: ``‖Q(0)‖₂`` over its mean under random signs, `(*b,)`. About 1 if y is noise without a
             signal, in which case `U` is fitted noise.
-        detected: Whether `detection` is at least 1.5, `(*b,)`. Conservative: 40 % outliers can bring a signal
-            that is recovered perfectly below it.
+        detected: Whether `detection` is at least 1.5, `(*b,)`. Conservative: with half of the measurements
+            wrong, a signal that is recovered perfectly can be below it.
         decay: Factor on the step from one to the next.
     """
 
@@ -151,7 +151,7 @@ def robust_recover(
             options out of range.
 
     Warns:
-        UserWarning: If at least half of `y` is zero (then U = 0); if −Q(0) has no positive eigenvalue
+        UserWarning: If `y` is zero, or constant where an offset is fitted (then U = 0); if −Q(0) has no positive eigenvalue
             (likewise); if a result has not escaped from the origin.
 
     Complexity:
@@ -198,14 +198,14 @@ def robust_recover(
         steps = math.ceil(math.log(TOLERANCE) / math.log(decay)) if max_iter is None else max_iter
         correlation, _ = _sign_fit(sensing, y.new_zeros(*y.shape[:-1], dim, 1), y)
         values, vectors = torch.linalg.eigh(-correlation)
-        scale, unit = _scales(sensing, y, vectors[..., -1:])
+        scale, unit = _scales(sensing, y, _spectral_start(values, vectors, dim))
         B = (
             _random_start(values, rank, generator)
             if init == "random"
             else _spectral_start(values, vectors, rank)
         )
         U = alpha * scale.sqrt()[..., None, None] * B
-        _warn_if_no_start(scale, U)
+        _warn_if_no_start(values, U)
         started = (U != 0).flatten(-2).any(-1)
 
         history = y.new_empty(steps + 1, *y.shape[:-1])
@@ -309,9 +309,9 @@ def small_spectral_(
         sensing = _sensing(operator, y, dim, center)
         correlation, _ = _sign_fit(sensing, y.new_zeros(*y.shape[:-1], dim, 1), y)
         values, vectors = torch.linalg.eigh(-correlation)
-        scale, _ = _scales(sensing, y, vectors[..., -1:])
+        scale, _ = _scales(sensing, y, _spectral_start(values, vectors, dim))
         U.copy_(alpha * scale.sqrt()[..., None, None] * _spectral_start(values, vectors, rank))
-        _warn_if_no_start(scale, U)
+        _warn_if_no_start(values, U)
     return U
 
 
@@ -359,12 +359,19 @@ def _random_start(values: Tensor, rank: int, generator: torch.Generator | None) 
 def _scales(sensing: _Sensing, y: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
     """Estimate the solution's norm, and the unit of the Polyak step.
 
-    What a unit matrix measures is told from the unit matrix in the direction of the start, so that
-    neither depends on how the operator is scaled.
+    What a unit matrix measures is told from the positive part of −Q(0), so that
+    neither depends on how the operator is scaled. Quartiles withstand more outliers than medians.
     """
-    measured = _deviations(sensing, y).median(-1).values
-    gain = _deviations(sensing, torch.cat(list(_measurements(sensing, direction)), -1)).median(-1).values
-    return torch.nan_to_num(measured / gain, posinf=0.0), measured * gain / _MEDIAN**2
+    measured = _lower_quartile(_deviations(sensing, y))
+    gain = _lower_quartile(_deviations(sensing, torch.cat(list(_measurements(sensing, direction)), -1)))
+    return torch.nan_to_num(measured / gain, posinf=0.0), measured * gain / _QUARTILE**2
+
+
+def _lower_quartile(values: Tensor) -> Tensor:
+    """Lower quartile of those values that are not zero, along the last dimension; zero if all are."""
+    counts = (values != 0).sum(-1, keepdim=True)
+    ordered = values.masked_fill(values == 0, math.inf).sort(-1).values
+    return torch.nan_to_num(ordered.gather(-1, counts // 4).squeeze(-1), posinf=0.0)
 
 
 def _null_level(sensing: _Sensing, y: Tensor) -> Tensor:
@@ -621,9 +628,10 @@ def _check_options(
             raise ValueError(f"{name} must be {' or '.join(map(repr, known))}, got {value!r}")
 
 
-def _warn_if_no_start(scale: Tensor, U: Tensor) -> None:
-    if not bool((scale > 0).all()):
-        warnings.warn("at least half of y is zero: the result is U = 0", stacklevel=3)
+def _warn_if_no_start(values: Tensor, U: Tensor) -> None:
+    """Warn about starts of zero, given the eigenvalues of −Q(0)."""
+    if not bool((values != 0).any(-1).all()):
+        warnings.warn("y is zero, or constant where an offset is fitted: the result is U = 0", stacklevel=3)
     elif not bool((U != 0).flatten(-2).any(-1).all()):
         warnings.warn(
             "-Q(0) has no positive eigenvalue, so there is no semi-definite signal to start from: the result "
