@@ -315,7 +315,12 @@ class Sharing:
             scales = self._shared_scales(params, updates, found) if terms.scaled else None
             factors = [1.0 if _has_pieces(group) else optimizer.lr_factor(p.shape, group) for p in params]
             held = [_local(p) for p in params]
-            _apply(held, Directions(tensors, scales), factors, group["lr"], group["weight_decay"])
+            # As in one process: an accelerator wants few launches, a CPU one tensor at a time in its cache.
+            size = 1 if held[0].device.type == "cpu" else len(held)
+            for i in range(0, len(held), size):
+                part = slice(i, i + size)
+                directions = Directions(tensors[part], None if scales is None else scales[part])
+                _apply(held[part], directions, factors[part], group["lr"], group["weight_decay"])
 
     def _updates(
         self, group: Group, params: Sequence[Tensor], grads: Sequence[Tensor], momentum: float
@@ -444,8 +449,7 @@ class Sharing:
         else:
             dealt = self._dealt(params, replica)
             cuts = [
-                found[params[i]][0].to(dtype).split(rows_of_shards(params[i].shape[0], len(dealt)))
-                for i in dealt[here]
+                found[params[i]][0].split(rows_of_shards(params[i].shape[0], len(dealt))) for i in dealt[here]
             ]
             outgoing = [[cut[shard] for cut in cuts] for shard in range(len(dealt))]
             incoming = [[tuple(updates[i].shape) for i in places] for places in dealt]
@@ -457,7 +461,7 @@ class Sharing:
                 {i: tuple(updates[i].shape) for i, p in enumerate(params) if self._owners[p][0] == other}
                 for other in range(layout.sizes[0])
             ]
-            mine = [results[i].to(dtype) for i in shapes[replica]]
+            mine = [results[i] for i in shapes[replica]]
             like = updates[0].new_empty(0, dtype=dtype)
             parts = _all_gather(mine, [list(s.values()) for s in shapes], like, layout.replicas)
             for of_replica, received in zip(shapes, parts, strict=True):
@@ -541,11 +545,13 @@ def _name(group: dist.ProcessGroup | None) -> str:
     return "" if group is None else group.group_name
 
 
-def _flat(tensors: Sequence[Tensor], like: Tensor) -> Tensor:
-    return torch.cat([tensor.reshape(-1) for tensor in tensors]) if tensors else like.new_empty(0)
+def _pack(flat: Tensor, tensors: Sequence[Tensor]) -> None:
+    """Copy tensors into a flat one, one after the other."""
+    if tensors:
+        multi_tensor.copy_(_unpack(flat, [tensor.shape for tensor in tensors]), tensors)
 
 
-def _unflat(flat: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+def _unpack(flat: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
     sizes = [math.prod(shape) for shape in shapes]
     return [part.view(tuple(shape)) for part, shape in zip(flat.split(sizes), shapes, strict=True)]
 
@@ -559,10 +565,10 @@ def _all_to_all(
     """Send a list of tensors to each rank and receive one of given shapes from each."""
     sent = [sum(tensor.numel() for tensor in tensors) for tensors in outgoing]
     awaited = [sum(math.prod(shape) for shape in shapes) for shapes in incoming]
-    received = like.new_empty(sum(awaited))
-    flat = _flat([tensor for tensors in outgoing for tensor in tensors], like)
-    dist.all_to_all_single(received, flat, awaited, sent, group)
-    return [_unflat(part, shapes) for part, shapes in zip(received.split(awaited), incoming, strict=True)]
+    received, packed = like.new_empty(sum(awaited)), like.new_empty(sum(sent))
+    _pack(packed, [tensor for tensors in outgoing for tensor in tensors])
+    dist.all_to_all_single(received, packed, awaited, sent, group)
+    return [_unpack(part, shapes) for part, shapes in zip(received.split(awaited), incoming, strict=True)]
 
 
 def _all_gather(
@@ -574,11 +580,11 @@ def _all_gather(
     """Send a list of tensors to all ranks and receive the lists of each, of given shapes."""
     sizes = [sum(math.prod(shape) for shape in shapes) for shapes in incoming]
     longest = max(sizes)
-    padded = torch.cat([_flat(mine, like), like.new_zeros(longest - sizes[_rank(group)])])
-    received = like.new_empty(longest * len(sizes))
-    _gather_into(received, padded, group=group)
+    received, packed = like.new_empty(longest * len(sizes)), like.new_empty(longest)
+    _pack(packed[: sizes[_rank(group)]], mine)
+    _gather_into(received, packed, group=group)
     parts = [part[:size] for part, size in zip(received.split(longest), sizes, strict=True)]
-    return [_unflat(part, shapes) for part, shapes in zip(parts, incoming, strict=True)]
+    return [_unpack(part, shapes) for part, shapes in zip(parts, incoming, strict=True)]
 
 
 # Renamed in PyTorch 2.13.
