@@ -15,7 +15,7 @@ Method = Literal["direct", "symmetric", "gram"]
 METHODS: tuple[Method, ...] = ("direct", "symmetric", "gram")
 
 _LONGEST_SEGMENT = 5
-_GROWTH = 2e-3
+_STEEP = 6.0
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def gram_segments(schedule: Sequence[Triple], dtype: torch.dtype) -> Iterator[tu
         >>> [len(s) for s in gram_segments((muon,) * 5, torch.bfloat16)]
         [2, 2, 1]
         >>> [len(s) for s in gram_segments((muon,) * 5, torch.float32)]
-        [5]
+        [3, 2]
     """
     rest = tuple(schedule)
     while rest:
@@ -123,15 +123,25 @@ def gram_segments(schedule: Sequence[Triple], dtype: torch.dtype) -> Iterator[tu
         rest = rest[length:]
 
 
+def is_steep(schedule: Sequence[Triple]) -> bool:
+    """Whether a step multiplies small singular values so much that half precision asks for care."""
+    return any(a > _STEEP for a, _, _ in schedule)
+
+
 def gram_segment_length(schedule: Sequence[Triple], dtype: torch.dtype, spread: float | None = None) -> int:
     """How many of the steps ahead the Gram form may take before it starts afresh from X.
 
     Rounding of `A = X Xᵀ` leaves eigenvalues off by about the unit roundoff u of the largest, some below
     zero. A singular value near zero grows by `a` each step, and these grow by `a²`, without X itself to
-    correct them. A segment therefore takes at most five steps, and fewer if `u·Π a²`, over all its steps but the
-    last, would exceed 0.002. Half precision would never be let begin by that; there, two steps err little more than
-    the direct form whatever the spectrum. Spectra that do not spread allow more, because few
-    eigenvalues are small: three steps with a spread below 2, five with one below 0.55.
+    correct them. Spectra that do not spread allow more steps, because few eigenvalues are small.
+
+    - float32 and float64: as long as `u·Π a²`, over all steps of the segment but the last, is below 2e-5, or
+      2e-3 with a spread below 10.
+    - Half precision: two steps; three with a spread below 2, five with one below 0.55. A step as steep as
+      the first ones of Polar Express and CANS, a above 6, is one by itself. Give no spread for
+      schedules that hold one.
+
+    Never more than five.
 
     Args:
         schedule: The triples of the steps ahead.
@@ -144,12 +154,15 @@ def gram_segment_length(schedule: Sequence[Triple], dtype: torch.dtype, spread: 
     """
     longest = min(_LONGEST_SEGMENT, len(schedule))
     if torch.finfo(dtype).bits < 32:
+        if is_steep(schedule[:1]):
+            return 1
         if spread is not None and spread < 0.55:
             return longest
         return min(3 if spread is not None and spread < 2 else 2, longest)
+    limit = 2e-3 if spread is not None and spread < 10 else 2e-5
     growth = torch.finfo(dtype).eps / 2
     for length in range(1, longest):
         growth *= schedule[length - 1][0] ** 2
-        if growth > _GROWTH:
+        if growth > limit:
             return length
     return longest

@@ -41,7 +41,7 @@ def gram(X: Tensor) -> Tensor:
         X: Shape `(..., m, n)`, floating point.
 
     Returns:
-        Shape `(..., m, m)`, exactly symmetric except where the plain product is used.
+        Shape `(..., m, m)`.
 
     Complexity:
         5/8 of `2·m²·n` flops a matrix on a CPU, and little more than half on CUDA.
