@@ -1,4 +1,5 @@
 import contextlib
+import copy
 import itertools
 import json
 import os
@@ -220,4 +221,21 @@ def test_distribute_needs_a_process_group():
     with pytest.raises(RuntimeError, match="init_process_group"):
         distribute(optimizer)
     assert optimizer.sharing is None
-    consolidate(optimizer)
+
+
+def test_consolidate_leaves_other_optimizers_alone():
+    wrapped = AcceleratedOptimizer(ARO([nn.Parameter(torch.ones(2, 2))]))
+    for optimizer in (torch.optim.SGD([torch.ones(1)]), wrapped, wrapped.optimizer):
+        before = copy.deepcopy(optimizer.state_dict())
+        consolidate(optimizer)
+        assert optimizer.state_dict() == before
+
+
+class AcceleratedOptimizer(torch.optim.Optimizer):
+    """What Accelerate makes of an optimizer, in short."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+    def state_dict(self):
+        return self.optimizer.state_dict()

@@ -89,17 +89,19 @@ def distribute(optimizer: Optimizing, process_group: dist.ProcessGroup | None = 
     return optimizer
 
 
-def consolidate(optimizer: MatrixOptimizer) -> None:
+def consolidate(optimizer: Optimizer) -> None:
     """Collect on every rank what a rule keeps of the matrices of other ranks.
 
     `optimizer.state_dict()` does so by itself, and has therefore to be called on every rank if the rule has
-    state of its own. Where only one rank calls it, as some training loops do, call this on every rank
+    state of its own. Where only one rank calls it, as in some training loops, call this on every rank
     first: what it collects serves `state_dict` until the next step.
 
     Args:
-        optimizer: Any; one that is not distributed, or whose rule keeps nothing, is left alone.
+        optimizer: Any, also in a wrapper such as Accelerate's; one that is not distributed is left alone.
     """
-    if optimizer.sharing is not None:
+    while not isinstance(optimizer, MatrixOptimizer) and hasattr(optimizer, "optimizer"):
+        optimizer = cast(Any, optimizer).optimizer
+    if isinstance(optimizer, MatrixOptimizer) and optimizer.sharing is not None:
         optimizer.sharing.collect()
 
 
