@@ -504,6 +504,7 @@ def check_checkpoints(folder):
         state = {"model": get_model_state_dict(net), "optimizer": get_optimizer_state_dict(net, optimizer)}
         saved = folder / f"{method} saved by {dist.get_rank() // 2}"
         dcp.save(state, checkpoint_id=saved, process_group=pair.get_group())
+        dist.barrier()
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         full = get_optimizer_state_dict(net, optimizer, options=options)
         advance(net, optimizer, range(3, 6))
