@@ -1,7 +1,7 @@
 """The matrix sign: time against the plain iteration of torch.optim.Muon, and accuracy against an SVD.
 
     python benchmarks/linalg.py --threads 1 2 --out linalg.json
-    python benchmarks/linalg.py --only accuracy --markdown
+    python benchmarks/linalg.py --only accuracy --write-tables docs/rooms/linalg.md
 
 Contenders take turns, so that a busy machine slows all of them alike; times are medians over the rounds and
 are compared with one another, never with numbers of another run.
@@ -94,11 +94,25 @@ def clock_for(name: str) -> Callable[[], float]:
     return time.process_time if name == "cpu" else time.perf_counter
 
 
+def drawn(shape: tuple[int, int], spectrum: str, generator: torch.Generator) -> Tensor:
+    """A Gaussian matrix, or one whose singular values fall off like 1/√i, as those of momentum do."""
+    X = torch.randn(min(shape), max(shape), generator=generator)
+    if spectrum == "power-law":
+        mixed = torch.randn(min(shape), min(shape), generator=generator)
+        X = mixed * torch.arange(1, min(shape) + 1) ** -0.5 @ X
+    return X if shape[0] <= shape[1] else X.T.contiguous()
+
+
 def measure_speed(
-    shapes: Sequence[tuple[int, int]], dtype: torch.dtype, rounds: int, clock: str, device: str
+    shapes: Sequence[tuple[int, int]],
+    dtype: torch.dtype,
+    rounds: int,
+    clock: str,
+    device: str,
+    spectrum: str = "gaussian",
 ) -> dict[str, dict[str, float]]:
     generator = torch.Generator().manual_seed(0)
-    matrices = [torch.randn(shape, generator=generator).to(device) for shape in shapes]
+    matrices = [drawn(shape, spectrum, generator).to(device) for shape in shapes]
     runs: dict[str, Direction] = directions(dtype)
     if dtype == torch.bfloat16:
         runs["torch.optim.Muon"] = muon_step(matrices)
@@ -250,6 +264,24 @@ def accuracy_markdown(rows: list[dict[str, Any]], steps: int | None = 5, figure:
     return "\n".join(lines)
 
 
+def write_tables(page: Path, rows: list[dict[str, Any]]) -> None:
+    """Replace what stands between a page's marks by the tables of the accuracy."""
+    text = page.read_text()
+    tables = {
+        "rms": accuracy_markdown(rows),
+        "own-steps": accuracy_markdown(rows, steps=None),
+        "orthogonality": accuracy_markdown(rows, figure="orthogonality"),
+    }
+    for name, table in tables.items():
+        begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
+        head, _, rest = text.partition(begin)
+        _, found, tail = rest.partition(end)
+        if not found:
+            raise SystemExit(f"{page} lacks the marks {begin.strip()} and {end}")
+        text = f"{head}{begin}{table}\n{end}{tail}"
+    page.write_text(text)
+
+
 def _short(value: float) -> str:
     return f"{value:.3f}" if value >= 0.0095 else f"{value:.0e}".replace("e-0", "e-")
 
@@ -284,7 +316,15 @@ def main() -> None:
         default="wall",
         help="wall time, or processor time (for one thread on a machine that is busy)",
     )
-    parser.add_argument("--markdown", action="store_true", help="print accuracy as the documentation has it")
+    parser.add_argument(
+        "--spectrum",
+        choices=["gaussian", "power-law"],
+        default="gaussian",
+        help="of the matrices that are timed: the Gram form in bfloat16 starts afresh more often when it falls off",
+    )
+    parser.add_argument(
+        "--write-tables", type=Path, help="put the accuracy tables between the marks of this page"
+    )
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
 
@@ -293,6 +333,7 @@ def main() -> None:
         "processor": platform.processor() or platform.machine(),
         "device": args.device,
         "clock": args.clock,
+        "spectrum": args.spectrum,
     }
     if "speed" in args.only:
         report["speed"] = []
@@ -302,7 +343,9 @@ def main() -> None:
                     torch.set_num_threads(threads)
                     kind: torch.dtype = getattr(torch, dtype)
                     print(f"\n{name}, {dtype}, {threads} thread(s)")
-                    rows = measure_speed(LISTS[name], kind, args.rounds, args.clock, args.device)
+                    rows = measure_speed(
+                        LISTS[name], kind, args.rounds, args.clock, args.device, args.spectrum
+                    )
                     show_speed(rows)
                     schedule, device = COEFFICIENTS["muon"].schedule(), torch.device(args.device)
                     chosen = {
@@ -324,17 +367,10 @@ def main() -> None:
             )
     if "accuracy" in args.only:
         report["accuracy"] = accuracy_table()
-        print("\nroot mean square of singular values minus one, 256 rows; columns: spectrum, aspect ratio")
+        print("\nroot mean square of singular values minus one, 256 rows; columns: spectrum, columns over rows")
         print(accuracy_markdown(report["accuracy"]))
-        if args.markdown:
-            print(
-                "\nthe same at each set's own number of steps\n"
-                + accuracy_markdown(report["accuracy"], steps=None)
-            )
-            print(
-                "\northogonality error, five steps\n"
-                + accuracy_markdown(report["accuracy"], figure="orthogonality")
-            )
+        if args.write_tables:
+            write_tables(args.write_tables, report["accuracy"])
     if args.out:
         args.out.write_text(json.dumps(report, indent=2) + "\n")
 
