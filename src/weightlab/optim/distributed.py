@@ -351,10 +351,11 @@ class Sharing:
 
     def _dealt(self, params: Sequence[Tensor], replica: int) -> list[list[int]]:
         """Places in the list of what each shard of a replica owns."""
-        return [
-            [i for i, p in enumerate(params) if self._owners[p] == (replica, shard)]
-            for shard in range(self._layouts[params[0]].sizes[1])
-        ]
+        dealt: list[list[int]] = [[] for _ in range(self._layouts[params[0]].sizes[1])]
+        for i, p in enumerate(params):
+            if self._owners[p][0] == replica:
+                dealt[self._owners[p][1]].append(i)
+        return dealt
 
     def _wholes(self, params: Sequence[Tensor], updates: Sequence[Tensor]) -> dict[Tensor, Tensor]:
         """The updates, put together, of the parameters that this rank owns."""
@@ -459,10 +460,9 @@ class Sharing:
             for places, received in zip(dealt, parts, strict=True):
                 results.update(zip(places, received, strict=True))
         if layout.replicas is not None:
-            shapes = [
-                {i: tuple(updates[i].shape) for i, p in enumerate(params) if self._owners[p][0] == other}
-                for other in range(layout.sizes[0])
-            ]
+            shapes: list[dict[int, tuple[int, ...]]] = [{} for _ in range(layout.sizes[0])]
+            for i, p in enumerate(params):
+                shapes[self._owners[p][0]][i] = tuple(updates[i].shape)
             mine = [results[i] for i in shapes[replica]]
             like = updates[0].new_empty(0, dtype=dtype)
             parts = _all_gather(mine, [list(s.values()) for s in shapes], like, layout.replicas)
