@@ -367,7 +367,9 @@ def main() -> None:
             )
     if "accuracy" in args.only:
         report["accuracy"] = accuracy_table()
-        print("\nroot mean square of singular values minus one, 256 rows; columns: spectrum, columns over rows")
+        print(
+            "\nroot mean square of singular values minus one, 256 rows; columns: spectrum, columns over rows"
+        )
         print(accuracy_markdown(report["accuracy"]))
         if args.write_tables:
             write_tables(args.write_tables, report["accuracy"])
