@@ -61,7 +61,8 @@ def engine_loop(task_name: str, steps: int) -> float:
 def step_overhead(task: str, steps: int, rounds: int) -> dict[str, float]:
     """Compare the engine's step with the bare one's, taking turns."""
     torch.set_num_threads(1)
-    engine_loop(task, 5), bare_loop(task, 5)
+    engine_loop(task, 5)
+    bare_loop(task, 5)
     pairs = []
     for turn in range(rounds):
         loops = (engine_loop, bare_loop) if turn % 2 else (bare_loop, engine_loop)

@@ -86,6 +86,7 @@ def main() -> None:
         parts = get_state_dict(model, optimizer)
         saved = {"model": parts[0], "optimizer": parts[1]}
         save(saved, checkpoint_id=args.checkpoint / str(args.steps))
+    dist.barrier()  # Nobody leaves while another still talks to it.
     dist.destroy_process_group()
 
 

@@ -337,7 +337,7 @@ class AuON(MatrixOptimizer):
     ) -> Directions:
         """Orthogonalise if asked, then find the factor for each tensor."""
         if group["ns_steps"] > 0 and updates[0].ndim >= 2:
-            updates = super().directions(updates, states, group).tensors
+            updates = self.each_direction(updates, group)
         scales = auon_scales(updates, gamma=group["gamma"], normalize=group["normalize"], eps=group["eps"])
         return Directions(updates, scales)
 

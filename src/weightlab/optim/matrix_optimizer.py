@@ -187,9 +187,13 @@ class MatrixOptimizer(Optimizer):
             states: A dict for each update, to keep tensors and plain values in.
             group: The group's options.
         """
+        return Directions(self.each_direction(updates, group))
+
+    def each_direction(self, updates: Sequence[Tensor], group: Group) -> Sequence[Tensor]:
+        """Give every update to `direction`, in one stack where `batches_equal_shapes` holds."""
         if len(updates) > 1 and self.batches_equal_shapes(group):
-            return Directions(self.direction(torch.stack(list(updates)), group).unbind())
-        return Directions([self.direction(update, group) for update in updates])
+            return self.direction(torch.stack(list(updates)), group).unbind()
+        return [self.direction(update, group) for update in updates]
 
     def batches_equal_shapes(self, group: Group) -> bool:
         """Whether the rule wants updates of equal shape stacked into one call."""
