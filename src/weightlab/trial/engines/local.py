@@ -55,6 +55,7 @@ class LocalEngine(Engine):
         job = self._queue.popleft()
         execute = resolve(self._execute)
         watched = Watched(job)
+        watched.start()  # before the alarm is set, so that a run that it ends has lasted as long as it says
         try:
             with _limited_to(job.timeout):
                 return [perform(execute, job, self.on_progress, watched)]

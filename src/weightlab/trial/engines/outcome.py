@@ -129,7 +129,8 @@ def perform(
 ) -> RunResult:
     """Call `execute`; an arm that ends the process by `sys.exit` failed like one that raises."""
     watched = watched or Watched(job)
-    watched.start()
+    if watched.started is None:
+        watched.start()
 
     def pass_on(progress: Progress) -> None:
         watched.note(progress)
