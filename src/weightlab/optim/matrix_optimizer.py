@@ -14,6 +14,7 @@ from torch.optim.adamw import adamw
 from torch.optim.optimizer import ParamsT
 
 from weightlab.optim import multi_tensor
+from weightlab.optim.gradients import refuse_sparse
 from weightlab.optim.matrix_pieces import piece_sizes, pieces
 from weightlab.optim.parameter_split import is_matrix_name
 
@@ -344,12 +345,7 @@ class MatrixOptimizer(Optimizer):
         ]
         for _, params in work:
             for p in params:
-                layout = _grad(p).layout
-                if layout != torch.strided:
-                    raise TypeError(
-                        f"{type(self).__name__} does not take sparse gradients, got {layout} for a "
-                        f"parameter of shape {tuple(p.shape)}; use sparse=False or torch.optim.SparseAdam"
-                    )
+                refuse_sparse(self, p)
                 if _is_distributed(p):
                     _check_placements(p)
         self._raise_for_nonfinite(work)

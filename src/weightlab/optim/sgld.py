@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from weightlab.optim import multi_tensor
+from weightlab.optim.gradients import refuse_sparse
 
 Preconditioner = Literal["rmsprop"] | None
 
@@ -182,11 +183,7 @@ class SGLD(Optimizer):
                 loss = closure()
         for group in self.param_groups:
             for p in group["params"]:
-                if p.grad is not None and p.grad.layout != torch.strided:
-                    raise TypeError(
-                        f"SGLD does not take sparse gradients, got {p.grad.layout} for a parameter of shape "
-                        f"{tuple(p.shape)}"
-                    )
+                refuse_sparse(self, p)
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             lr = float(group["lr"])

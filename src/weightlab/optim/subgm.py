@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from weightlab.optim import multi_tensor
+from weightlab.optim.gradients import refuse_sparse
 from weightlab.optim.robust_recovery import auto_decay
 
 
@@ -110,11 +111,7 @@ class SubGM(Optimizer):
                 loss = closure()
         for group in self.param_groups:
             for p in group["params"]:
-                if p.grad is not None and p.grad.layout != torch.strided:
-                    raise TypeError(
-                        f"SubGM does not take sparse gradients, got {p.grad.layout} for a parameter of shape "
-                        f"{tuple(p.shape)}"
-                    )
+                refuse_sparse(self, p)
         for group in self.param_groups:
             batches: dict[Any, list[Tensor]] = defaultdict(list)
             for p in group["params"]:
