@@ -375,3 +375,11 @@ def test_arms_are_found_without_importing_them():
     for slug, names in _static.arms().items():
         assert slug in SLUGS
         assert names
+
+
+def test_every_registered_arm_of_a_paper_is_found_without_importing_it():
+    from weightlab.papers import _static
+    from weightlab.trial import registry
+
+    registered = {(a.paper, a.name) for a in map(registry.arm, registry.arm_names()) if a.paper}
+    assert {(slug, name) for slug, names in _static.arms().items() for name in names} == registered
