@@ -4,6 +4,9 @@ import importlib.util
 import io
 import subprocess
 import sys
+from contextlib import closing
+from dataclasses import replace
+from importlib import metadata
 
 import pytest
 import torch
@@ -11,10 +14,13 @@ from small_task import Regression
 from torch import nn
 
 from weightlab.exceptions import MissingDependencyError
-from weightlab.trial import registry
+from weightlab.trial import registry, runner
+from weightlab.trial.engines.local import LocalEngine
 from weightlab.trial.memory import state_size
 from weightlab.trial.runner import execute
 from weightlab.trial.spec import Job, RunSpec
+from weightlab.trial.store import Store
+from weightlab.trial.trial import Trial, plan
 
 PEERS = ["lion", "soap"]
 needs_package = pytest.mark.skipif(
@@ -72,6 +78,28 @@ def test_a_missing_package_is_named_and_no_result_of_the_arm(name, monkeypatch):
         build(name, linear(2, 3))
     with pytest.raises(MissingDependencyError, match=r"weightlab\[bench\]"):
         execute(job(name))
+
+
+@needs_package
+@pytest.mark.parametrize("name", PEERS)
+def test_another_version_of_the_package_is_another_run(name, tmp_path, monkeypatch):
+    def keys():
+        arms = [name, "adamw"]
+        with closing(Store(tmp_path / "runs.sqlite")) as store:
+            made = Trial(plan(Regression(), arms, tune=1, seeds=2), store, LocalEngine())
+            return made.key, *(made.job(registry.arm(arm), {}, 0, "test").spec.key for arm in arms)
+
+    before, installed = keys(), metadata.version
+    monkeypatch.setattr(
+        metadata, "version", lambda package: "99" if package == "pytorch_optimizer" else installed(package)
+    )
+    after = keys()
+    assert [a == b for a, b in zip(before, after, strict=True)] == [False, False, True]
+
+
+def test_a_required_package_that_is_missing_has_no_version():
+    arm = replace(registry.arm("adamw"), requires=("weightlab-no-such-package", "numpy"))
+    assert runner.versions(arm) == runner.versions()
 
 
 @pytest.mark.parametrize("name", PEERS)

@@ -61,6 +61,8 @@ class Arm:
         init: Changes initial weights in place, drawing from the generator only.
         penalty: A scalar to add to the task's loss.
         callbacks: `(model, optimizers, hyperparameters) -> callbacks` for this run.
+        requires: Distributions besides PyTorch whose code the arm runs, as pip names them, e.g.
+            `("peft",)`. Their versions are part of a run's identity.
         dimension_note: Why the number of free dimensions differs from the other arms', if it does.
         paper: Slug of the paper that the method comes from.
         description: One line for lists and reports.
@@ -75,6 +77,7 @@ class Arm:
     init: Callable[[nn.Module, Hyperparameters, torch.Generator], object] | None = None
     penalty: Callable[[nn.Module, Hyperparameters], Tensor] | None = None
     callbacks: Callable[[nn.Module, Sequence[Optimizer], Hyperparameters], Sequence[Callback]] | None = None
+    requires: Sequence[str] = ()
     dimension_note: str = ""
     paper: str | None = None
     description: str = ""

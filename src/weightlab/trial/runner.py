@@ -7,7 +7,9 @@ import platform
 import socket
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
+from importlib import metadata
 from time import perf_counter
 from typing import Any
 
@@ -321,18 +323,25 @@ def execute(job: Job, on_progress: Callable[[Progress], None] | None = None) -> 
         torch.set_num_threads(threads)
 
 
-def versions() -> dict[str, str]:
-    """Return the versions that a run's numbers depend on."""
+def versions(arm: Arm | None = None) -> dict[str, str]:
+    """Return the versions that a run's numbers depend on: every run's, or also those of what an arm requires.
+
+    A package that is not installed has no version; the arm says so when it is run.
+    """
     import numpy
 
     import weightlab
 
-    return {
+    found = {
         "weightlab": weightlab.__version__,
         "torch": torch.__version__,
         "numpy": numpy.__version__,
         "python": ".".join(platform.python_version_tuple()[:2]),
     }
+    for package in arm.requires if arm is not None else ():
+        with suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
 
 
 def device_kind(device: str) -> str:

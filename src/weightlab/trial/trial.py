@@ -223,7 +223,7 @@ class Trial:
         self.results: dict[str, RunResult] = {}
         self._task_fingerprint = registry.task_fingerprint(plan.task_ref)
         self._arm_fingerprints = {name: registry.arm_fingerprint(ref) for name, ref in plan.arm_refs.items()}
-        self._versions = runner.versions()
+        self._versions = {arm.name: runner.versions(arm) for arm in plan.arms}
         self._device_kind = runner.device_kind(plan.device)
 
     @property
@@ -258,7 +258,7 @@ class Trial:
             batch_size=plan.task.batch_size,
             threads=plan.threads,
             device=self._device_kind,
-            versions=self._versions,
+            versions=self._versions[arm.name],
         )
         return Job(spec, plan.task_ref, plan.arm_refs[arm.name], plan.device, plan.timeout)
 
@@ -516,7 +516,7 @@ class Trial:
             paired=not disagreements,
             notes=tuple(notes),
             command=command,
-            versions=self._versions,
+            versions={name: v for versions in self._versions.values() for name, v in versions.items()},
             created_at=max((r.created_at for r in self.results.values()), default=_now()),
             seconds=sum(r.total_seconds or 0.0 for r in self.results.values()),
         )

@@ -59,6 +59,7 @@ ARMS = (
             ),
         },
         defaults={"lr": 6e-4, "weight_decay": 0.05},
+        requires=("pytorch_optimizer",),
         description="Lion of pytorch_optimizer, betas (0.9, 0.99)",
     ),
     Arm(
@@ -66,6 +67,7 @@ ARMS = (
         optimizer=soap,
         search_space={"lr": LEARNING_RATE, "weight_decay": WEIGHT_DECAY},
         defaults={"lr": 3e-3, "weight_decay": 0.01},
+        requires=("pytorch_optimizer",),
         description="SOAP of pytorch_optimizer, betas (0.95, 0.95), eigenbases renewed every 10 steps",
     ),
 )
