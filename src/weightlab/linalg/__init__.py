@@ -9,18 +9,25 @@ if TYPE_CHECKING:
     from weightlab.linalg.coefficients import COEFFICIENTS, CoefficientSet
     from weightlab.linalg.column_selection import expand_basis_columns, select_basis_columns
     from weightlab.linalg.cosine_transform import dct, dct_matrix
+    from weightlab.linalg.incremental_pca import IncrementalPCA
     from weightlab.linalg.matrix_sign import newton_schulz, newton_schulz_foreach
+    from weightlab.linalg.moment_sketch import MomentSketch
     from weightlab.linalg.orthogonal_factor import cholesky_qr, eigenbasis, polar_factor, qr_factor
     from weightlab.linalg.orthogonality import orthogonality_error
     from weightlab.linalg.outliers import clip_outliers
     from weightlab.linalg.padding import common_shape, merge_shapes, stack_padded, unstack_padded
     from weightlab.linalg.sinkhorn import sinkhorn_normalize
+    from weightlab.linalg.streaming_moments import PrincipalComponents, StreamingMoments
 
 __getattr__, __dir__, __all__ = exports(
     __name__,
     {
         "COEFFICIENTS": ".coefficients",
         "CoefficientSet": ".coefficients",
+        "IncrementalPCA": ".incremental_pca",
+        "MomentSketch": ".moment_sketch",
+        "PrincipalComponents": ".streaming_moments",
+        "StreamingMoments": ".streaming_moments",
         "cholesky_qr": ".orthogonal_factor",
         "clip_outliers": ".outliers",
         "common_shape": ".padding",
