@@ -10,6 +10,10 @@ from weightlab._lazy import exports
 
 if TYPE_CHECKING:
     from weightlab.tasks import data, models
+    from weightlab.tasks.adapt_code import AdaptCode
+    from weightlab.tasks.adapt_digits import AdaptDigits, AdaptDigitsContrast
+    from weightlab.tasks.adapt_gpt import AdaptGPT
+    from weightlab.tasks.adapt_text import AdaptText
     from weightlab.tasks.base import Split, Task
     from weightlab.tasks.checks import as_task
     from weightlab.tasks.cifar10_resnet import Cifar10ResNet
@@ -19,6 +23,7 @@ if TYPE_CHECKING:
     from weightlab.tasks.english_gpt import EnglishGPT
     from weightlab.tasks.files import load_object, source_fingerprint
     from weightlab.tasks.mnist_mlp import MnistMLP
+    from weightlab.tasks.pretraining import pretrained
     from weightlab.tasks.registry import get, load, names
     from weightlab.tasks.shakespeare_gpt import ShakespeareGPT
     from weightlab.tasks.text_gpt import TextGPT
@@ -26,6 +31,11 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = exports(
     __name__,
     {
+        "AdaptCode": ".adapt_code",
+        "AdaptDigits": ".adapt_digits",
+        "AdaptDigitsContrast": ".adapt_digits",
+        "AdaptGPT": ".adapt_gpt",
+        "AdaptText": ".adapt_text",
         "Cifar10ResNet": ".cifar10_resnet",
         "Classification": ".classification",
         "DigitsMLP": ".digits_mlp",
@@ -43,6 +53,7 @@ __getattr__, __dir__, __all__ = exports(
         "load_object": ".files",
         "models": "",
         "names": ".registry",
+        "pretrained": ".pretraining",
         "source_fingerprint": ".files",
     },
 )

@@ -14,6 +14,10 @@ from weightlab.tasks.checks import as_task
 from weightlab.tasks.files import is_file_ref, load_object, source_fingerprint
 
 _TASKS = {
+    "adapt-code": ("adapt_code", "AdaptCode"),
+    "adapt-digits": ("adapt_digits", "AdaptDigits"),
+    "adapt-digits-contrast": ("adapt_digits", "AdaptDigitsContrast"),
+    "adapt-gpt": ("adapt_gpt", "AdaptGPT"),
     "cifar10-resnet": ("cifar10_resnet", "Cifar10ResNet"),
     "digits-mlp": ("digits_mlp", "DigitsMLP"),
     "docs-gpt": ("docs_gpt", "DocsGPT"),
@@ -27,8 +31,8 @@ def names() -> list[str]:
     """Names of the registered tasks, sorted.
 
     Example:
-        >>> names()
-        ['cifar10-resnet', 'digits-mlp', 'docs-gpt', 'english-gpt', 'mnist-mlp', 'shakespeare-gpt']
+        >>> [name for name in names() if name.endswith("-gpt")]
+        ['adapt-gpt', 'docs-gpt', 'english-gpt', 'shakespeare-gpt']
     """
     return sorted(_TASKS)
 
