@@ -130,22 +130,24 @@ def _name(slot: int | None, key: str | None) -> str:
 
 def _dealt(basis: Tensor, n: int, r: int, slot: int | None, slots: int | None) -> Tensor:
     if slot is None:
-        raise ValueError("columns of a given basis are dealt to slots; give slot instead of key")
-    if basis.ndim != 2 or basis.shape[0] != n or not basis.is_floating_point():
+        raise ValueError("directions of a given basis are dealt to slots; give slot instead of key")
+    if basis.ndim != 2 or basis.shape[1] != n or not basis.is_floating_point():
         raise ValueError(
-            f"basis must be a floating tensor of shape ({n}, m), got {basis.dtype} {tuple(basis.shape)}"
+            f"basis must be a floating tensor of shape (m, {n}), got {basis.dtype} {tuple(basis.shape)}"
         )
-    slots = basis.shape[1] // r if slots is None else slots
-    if not slot < slots or r * slots > basis.shape[1]:
+    slots = len(basis) // r if slots is None else slots
+    if not slot < slots or r * slots > len(basis):
         raise ValueError(
-            f"slot {slot} of {slots} slots of rank {r} does not fit a basis of {basis.shape[1]} columns; "
+            f"slot {slot} of {slots} slots of rank {r} does not fit a basis of {len(basis)} directions; "
             f"lower the rank or the number of slots"
         )
-    columns = basis.detach()[:, slot::slots][:, :r].to("cpu", torch.float64)
-    error = float(orthogonality_error(columns))
+    rows = basis.detach()[slot::slots][:r].to("cpu", torch.float64)
+    error = float(orthogonality_error(rows))
     if not error < _ORTHONORMAL:
-        raise ValueError(f"the columns of basis are not orthonormal: ‖BᵀB - I‖ is {error:.2g}")
-    return columns
+        raise ValueError(
+            f"the rows of basis are not orthonormal: the root mean square of σ² - 1 is {error:.2g}"
+        )
+    return rows.mT.clone()
 
 
 def _stream(*parts: object) -> np.random.RandomState:
