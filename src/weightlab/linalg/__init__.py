@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from weightlab.linalg.orthogonality import orthogonality_error
     from weightlab.linalg.outliers import clip_outliers
     from weightlab.linalg.padding import common_shape, merge_shapes, stack_padded, unstack_padded
+    from weightlab.linalg.singular_triples import TopSVD, top_svd
     from weightlab.linalg.sinkhorn import sinkhorn_normalize
     from weightlab.linalg.streaming_moments import PrincipalComponents, StreamingMoments
 
@@ -47,6 +48,7 @@ __getattr__, __dir__, __all__ = exports(
         "sinkhorn_normalize": ".sinkhorn",
         "spectrum_error": ".coefficient_fit",
         "stack_padded": ".padding",
+        "top_svd": ".singular_triples",
         "unstack_padded": ".padding",
     },
 )
