@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from weightlab.linalg import newton_schulz
-from weightlab.optim import HybridAuON, MatrixOptimizer
+from weightlab.optim import ARO, ROOT, AuON, DCTAdamW, HybridAuON, MatrixOptimizer, Trion
 from weightlab.optim.matrix_pieces import piece_sizes, pieces
 
 
@@ -17,7 +17,7 @@ class Orthogonal(MatrixOptimizer):
 
     def __init__(self, params, lr=0.1, momentum=0.9, **options):
         self.seen = []
-        super().__init__(params, {"lr": lr, "momentum": momentum, **options})
+        super().__init__(params, {"lr": lr, "momentum": momentum}, **options)
 
     def batches_equal_shapes(self, group):
         return self.batched
@@ -129,6 +129,33 @@ def test_state_of_pieces_resumes_bit_exactly_in_its_own_dtype():
         ([16, 16], torch.int16),
         ([8, 16], torch.int16),
     ]
+
+
+@pytest.mark.parametrize("method", [ARO, AuON, DCTAdamW, HybridAuON, ROOT, Trion])
+def test_every_method_takes_the_options_for_all_groups_at_once(method):
+    options = {"stacked": True, "split": {"parts": 2}, "nonfinite": "skip"}
+    moved = []
+    for own_group in (False, True):
+        w = nn.Parameter(drawn(2, 6, 4))
+        optimizer = method([{"params": [w], **options}]) if own_group else method([w], **options)
+        for seed in (1, 2):
+            w.grad = drawn(2, 6, 4, seed=seed)
+            optimizer.step()
+        assert optimizer.param_groups[0].items() >= options.items()
+        moved.append(w.detach())
+    assert torch.equal(*moved)
+    alone = nn.Parameter(drawn(2, 6, 4)[1, 3:].clone())
+    optimizer = method([alone])
+    for seed in (1, 2):
+        alone.grad = drawn(2, 6, 4, seed=seed)[1, 3:]
+        optimizer.step()
+    torch.testing.assert_close(moved[0][1, 3:], alone.detach(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", [ARO, AuON, DCTAdamW, HybridAuON, ROOT, Trion])
+def test_an_option_that_there_is_not_is_refused(method):
+    with pytest.raises(TypeError, match=rf"{method.__name__} has no option nesterof"):
+        method([nn.Parameter(torch.zeros(2, 2))], nesterof=True)
 
 
 def test_options_survive_states_saved_before_they_existed():

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from weightlab.linalg import clip_outliers
+from weightlab.linalg import clip_outliers, newton_schulz
 from weightlab.linalg.coefficients import COEFFICIENTS, CoefficientSet
 from weightlab.optim import ROOT
 from weightlab.optim.root import root_update
@@ -164,6 +164,29 @@ def test_shapes_are_stacked_with_their_transposes():
     for q in alone:
         ROOT([q]).step()
     for p, q in zip(params, alone, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("ns_dtype", [None, torch.float64])
+def test_nearly_equal_small_shapes_share_a_call_and_move_as_alone(ns_dtype, monkeypatch):
+    seen = []
+
+    def noted(X, *args, **kwargs):
+        seen.append(tuple(X.shape))
+        return newton_schulz(X, *args, **kwargs)
+
+    monkeypatch.setattr("weightlab.linalg.matrix_sign.newton_schulz", noted)
+    shapes = [(16, 104), (100, 16), (16, 101), (100, 100), (101, 101), (16, 128)]
+    together = [nn.Parameter(gaussian(*shape)) for shape in shapes]
+    alone = [nn.Parameter(p.detach().clone()) for p in together]
+    for seed, (p, q) in enumerate(zip(together, alone, strict=True)):
+        p.grad = gaussian(*p.shape, seed=seed)
+        q.grad = p.grad.clone()
+    # Columns of zeros must not lower the quantile that entries are clipped at.
+    ROOT(together, clip_quantile=0.9, ns_dtype=ns_dtype).step()
+    assert seen == [(3, 16, 104)]
+    for p, q in zip(together, alone, strict=True):
+        ROOT([q], clip_quantile=0.9, ns_dtype=ns_dtype).step()
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
 
 

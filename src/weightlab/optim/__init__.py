@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from weightlab.optim.matrix_optimizer import (
         AdamWOptions,
         MatrixOptimizer,
+        MatrixOptions,
     )
     from weightlab.optim.parameter_split import (
         is_matrix_name,
@@ -39,6 +40,7 @@ __getattr__, __dir__, __all__ = exports(
         "DCTAdamW": ".dct_adamw",
         "HybridAuON": ".auon",
         "MatrixOptimizer": ".matrix_optimizer",
+        "MatrixOptions": ".matrix_optimizer",
         "ROOT": ".root",
         "RecoveryResult": ".robust_recovery",
         "RootOptions": ".root",

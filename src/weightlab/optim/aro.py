@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Unpack, get_args
 
 import torch
 from torch import Tensor
@@ -20,9 +20,8 @@ from weightlab.optim.matrix_optimizer import (
     Directions,
     Group,
     MatrixOptimizer,
-    NonFinite,
+    MatrixOptions,
 )
-from weightlab.optim.matrix_pieces import Split
 
 BaseRule = Callable[[Tensor], Tensor]
 BaseName = Literal["sinkhorn", "sign", "row_norm", "adam"]
@@ -241,9 +240,7 @@ class ARO(MatrixOptimizer):
         adamw: Options of that AdamW; see `AdamWOptions`.
         maximize: Ascend. Default False.
         foreach: Multi-tensor kernels for AdamW. Default None: as PyTorch decides.
-        stacked: See `MatrixOptimizer`. Default False.
-        split: Likewise; fused Q, K and V. Default None.
-        nonfinite: Likewise. Default ``"ignore"``.
+        **options: ``stacked``, ``split`` and ``nonfinite``; see `MatrixOptions`.
 
     Raises:
         TypeError: For modules, complex or integer parameters, sparse gradients; a base that is neither name nor
@@ -288,9 +285,7 @@ class ARO(MatrixOptimizer):
         adamw: AdamWOptions | None = None,
         maximize: bool = False,
         foreach: bool | None = None,
-        stacked: bool = False,
-        split: Split | None = None,
-        nonfinite: NonFinite = "ignore",
+        **options: Unpack[MatrixOptions],
     ) -> None:
         if not (isinstance(base, str) or callable(base)):
             raise TypeError(f"base must be a name or a function, got {type(base).__name__} {base!r}")
@@ -314,11 +309,8 @@ class ARO(MatrixOptimizer):
             "nesterov": nesterov,
             "maximize": maximize,
             "foreach": foreach,
-            "stacked": stacked,
-            "split": split,
-            "nonfinite": nonfinite,
         }
-        super().__init__(params, defaults, apply_to=apply_to, adamw=adamw)
+        super().__init__(params, defaults, apply_to=apply_to, adamw=adamw, **options)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_own_base": self._own_base}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor
@@ -13,7 +13,14 @@ from torch.optim.optimizer import ParamsT
 from weightlab.linalg import newton_schulz
 from weightlab.optim import multi_tensor
 from weightlab.optim.lr_scaling import AdjustLR, check_adjust_lr, lr_factor
-from weightlab.optim.matrix_optimizer import AdamWOptions, ApplyTo, Directions, Group, MatrixOptimizer
+from weightlab.optim.matrix_optimizer import (
+    AdamWOptions,
+    ApplyTo,
+    Directions,
+    Group,
+    MatrixOptimizer,
+    MatrixOptions,
+)
 
 Gamma = float | Literal["rms"]
 
@@ -250,6 +257,7 @@ class AuON(MatrixOptimizer):
         maximize: Ascend. Default False.
         foreach: Move many tensors with one kernel. Default None: on accelerators. On CPU one tensor at
             a time is faster.
+        **options: ``stacked``, ``split`` and ``nonfinite``; see `MatrixOptions`.
 
     Raises:
         TypeError: For modules, complex or integer parameters, sparse gradients.
@@ -288,6 +296,7 @@ class AuON(MatrixOptimizer):
         adamw: AdamWOptions | None = None,
         maximize: bool = False,
         foreach: bool | None = None,
+        **options: Unpack[MatrixOptions],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -303,7 +312,7 @@ class AuON(MatrixOptimizer):
             "maximize": maximize,
             "foreach": foreach,
         }
-        super().__init__(params, defaults, apply_to=apply_to, adamw=adamw)
+        super().__init__(params, defaults, apply_to=apply_to, adamw=adamw, **options)
 
     def check_group(self, group: Group) -> None:
         """Raise ValueError for options out of range."""
@@ -383,6 +392,7 @@ class HybridAuON(AuON):
         adamw: AdamWOptions | None = None,
         maximize: bool = False,
         foreach: bool | None = None,
+        **options: Unpack[MatrixOptions],
     ) -> None:
         super().__init__(
             params,
@@ -400,4 +410,5 @@ class HybridAuON(AuON):
             adamw=adamw,
             maximize=maximize,
             foreach=foreach,
+            **options,
         )

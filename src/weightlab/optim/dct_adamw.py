@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from weightlab.optim.matrix_optimizer import (
     Group,
     LowRank,
     MatrixOptimizer,
+    MatrixOptions,
 )
 from weightlab.optim.quantized_buffer import Storage, check_storage, decode, encode
 
@@ -86,6 +87,7 @@ class DCTAdamW(MatrixOptimizer):
         adamw: Options of that AdamW; see `AdamWOptions`. What is not given is as above.
         maximize: Ascend. Default False.
         foreach: Move the moments of many matrices with one kernel. Default None: on accelerators.
+        **options: ``stacked``, ``split`` and ``nonfinite``; see `MatrixOptions`.
 
     Raises:
         TypeError: For modules, complex or integer parameters, sparse gradients.
@@ -125,6 +127,7 @@ class DCTAdamW(MatrixOptimizer):
         adamw: AdamWOptions | None = None,
         maximize: bool = False,
         foreach: bool | None = None,
+        **options: Unpack[MatrixOptions],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -144,7 +147,7 @@ class DCTAdamW(MatrixOptimizer):
         }
         _check_moments(betas, eps)
         own: AdamWOptions = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, defaults, apply_to=apply_to, adamw={**own, **(adamw or {})})
+        super().__init__(params, defaults, apply_to=apply_to, adamw={**own, **(adamw or {})}, **options)
 
     def check_group(self, group: Group) -> None:
         """Raise ValueError for options out of range."""

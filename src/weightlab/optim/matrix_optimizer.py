@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, Unpack, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch.optim.optimizer import ParamsT
 
 from weightlab.optim import multi_tensor
 from weightlab.optim.gradients import refuse_sparse
-from weightlab.optim.matrix_pieces import piece_sizes, pieces
+from weightlab.optim.matrix_pieces import Split, piece_sizes, pieces
 from weightlab.optim.parameter_split import is_matrix_name
 
 if TYPE_CHECKING:
@@ -44,6 +44,20 @@ class AdamWOptions(TypedDict, total=False):
     weight_decay: float
     fused: bool | None
     capturable: bool
+
+
+class MatrixOptions(TypedDict, total=False):
+    """What every `MatrixOptimizer` takes about its parameters and gradients, all of it off by default.
+
+    Attributes:
+        stacked: Parameters with three or more dimensions are stacks of matrices. Default False.
+        split: How a parameter is cut into several matrices, e.g. fused Q, K and V. Default None.
+        nonfinite: What to do about NaN and infinity in gradients. Default `"ignore"`.
+    """
+
+    stacked: bool
+    split: Split | None
+    nonfinite: NonFinite
 
 
 class LowRank(NamedTuple):
@@ -76,8 +90,8 @@ class MatrixOptimizer(Optimizer):
     A subclass writes its rule and nothing else::
 
         class Sign(MatrixOptimizer):
-            def __init__(self, params, lr=1e-3, momentum=0.9, *, adamw=None):
-                super().__init__(params, {"lr": lr, "momentum": momentum}, adamw=adamw)
+            def __init__(self, params, lr=1e-3, momentum=0.9, *, adamw=None, **options):
+                super().__init__(params, {"lr": lr, "momentum": momentum}, adamw=adamw, **options)
 
             def direction(self, update, group):
                 return update.sign()
@@ -96,15 +110,15 @@ class MatrixOptimizer(Optimizer):
     holds both kinds becomes two groups, so that schedulers scale both learning rates; options of the
     given group are then the rule's, and its `adamw` entry those of AdamW.
 
-    **Parameters that hold several matrices.** Two options of a group, both off by default, let the rule see
-    each by itself, with a learning-rate factor of its own:
+    **Parameters that hold several matrices.** Two options, of a group or of all, both off by default, let the rule
+    see each by itself, with a learning-rate factor of its own:
 
     - `stacked=True`: parameters with three or more dimensions are stacks `(..., m, n)`, such as the experts of a
       mixture, rather than kernels.
     - `split=(4096, 1024, 1024)` cuts a matrix into blocks of so many rows, e.g. fused Q, K and V;
       `split={"parts": 96}` into equal ones, e.g. one for each head of each; `{"parts": 3, "dim": 1}` cuts columns.
 
-    **Gradients that are not finite.** The option `nonfinite` of a group says what to do:
+    **Gradients that are not finite.** The option `nonfinite`, of a group or of all, says what to do:
 
     - `"ignore"` (default): nothing. NaN spreads to the parameter it belongs to.
     - `"raise"`: raise ValueError with the parameter's name before anything moves. Reads one flag a
@@ -120,14 +134,14 @@ class MatrixOptimizer(Optimizer):
     Args:
         params: Parameters, `(name, parameter)` pairs, or dicts of groups of either.
         defaults: Options of the rule. `lr` is required; `momentum` (0), `nesterov` (False),
-            `weight_decay` (0), `maximize` (False), `foreach` (None), `stacked` (False), `split` (None) and
-            `nonfinite` ("ignore") are filled in.
+            `weight_decay` (0), `maximize` (False) and `foreach` (None) are filled in.
         apply_to: Which parameters the rule takes when a group does not say.
         adamw: Options of AdamW for the others; see `AdamWOptions`.
+        **options: `stacked`, `split` and `nonfinite`; see `MatrixOptions`.
 
     Raises:
-        TypeError: For a module instead of parameters; complex or integer parameters; at `step`,
-            sparse gradients.
+        TypeError: For a module instead of parameters; complex or integer parameters; an unknown option; at
+            `step`, sparse gradients.
         ValueError: For options out of range, and for splits that do not fit a parameter.
     """
 
@@ -150,7 +164,11 @@ class MatrixOptimizer(Optimizer):
         *,
         apply_to: ApplyTo = "matrices",
         adamw: AdamWOptions | None = None,
+        **options: Unpack[MatrixOptions],
     ) -> None:
+        unknown = sorted(set(options) - MatrixOptions.__optional_keys__)
+        if unknown:
+            raise TypeError(f"{type(self).__name__} has no option {', '.join(unknown)}")
         if isinstance(params, nn.Module):
             raise TypeError(
                 f"{type(self).__name__} takes parameters, not a module ({type(params).__name__}); "
@@ -158,8 +176,8 @@ class MatrixOptimizer(Optimizer):
             )
         if apply_to not in ("matrices", "all"):
             raise ValueError(f'apply_to must be "matrices" or "all", got {apply_to!r}')
-        options = {**_ADAMW_DEFAULTS, **_checked_adamw(adamw or {})}
-        super().__init__(params, {**_DEFAULTS, **defaults, "apply_to": apply_to, "adamw": options})
+        own = {"apply_to": apply_to, "adamw": {**_ADAMW_DEFAULTS, **_checked_adamw(adamw or {})}}
+        super().__init__(params, {**_DEFAULTS, **defaults, **options, **own})
 
     def direction(self, update: Tensor, group: Group) -> Tensor:
         """Turn updates into a direction of descent; the rule of most methods.

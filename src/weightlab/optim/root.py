@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict, cast
+from typing import Any, TypedDict, Unpack, cast
 
 import torch
 from torch import Tensor
@@ -11,7 +11,9 @@ from torch.optim.optimizer import ParamsT
 
 from weightlab.linalg import clip_outliers, newton_schulz
 from weightlab.linalg.coefficients import CoefficientSet, resolve_coefficients
+from weightlab.linalg.matrix_sign import newton_schulz_foreach
 from weightlab.linalg.outliers import check_quantile
+from weightlab.linalg.padding import common_shape
 from weightlab.optim.lr_scaling import AdjustLR, check_adjust_lr, lr_factor
 from weightlab.optim.matrix_optimizer import (
     AdamWOptions,
@@ -19,7 +21,7 @@ from weightlab.optim.matrix_optimizer import (
     Directions,
     Group,
     MatrixOptimizer,
-    NonFinite,
+    MatrixOptions,
 )
 
 Triples = Sequence[Sequence[float]]
@@ -27,6 +29,8 @@ Coefficients = str | Triples | Mapping[tuple[int, int], Triples]
 
 # The official code adds it to the quantile, so that a matrix with few entries that are not zero still moves.
 _QUANTILE_EPS = 1e-9
+# Larger matrices take longer for the zeros that pad them than for calls of their own.
+_PADDED_BELOW = 64
 
 
 class RootOptions(TypedDict, total=False):
@@ -91,10 +95,18 @@ def root_update(
         tensor([[1., 0., 0.],
                 [0., 1., 0.]])
     """
-    if clip_quantile is not None and clip_quantile != 1:
-        update = clip_outliers(update, clip_quantile, eps=_QUANTILE_EPS, sample=clip_sample)
-    chosen = _table(coefficients, ns_steps) if isinstance(coefficients, Mapping) else coefficients
-    return newton_schulz(update, chosen, ns_steps, eps=eps, dtype=ns_dtype)
+    clipped = _clipped(update, clip_quantile, clip_sample)
+    return newton_schulz(clipped, _chosen(coefficients, ns_steps), ns_steps, eps=eps, dtype=ns_dtype)
+
+
+def _clipped(update: Tensor, quantile: float | None, sample: int | None) -> Tensor:
+    if quantile is None or quantile == 1:
+        return update
+    return clip_outliers(update, quantile, eps=_QUANTILE_EPS, sample=sample)
+
+
+def _chosen(coefficients: Coefficients, steps: int) -> str | Triples | CoefficientSet:
+    return _table(coefficients, steps) if isinstance(coefficients, Mapping) else coefficients
 
 
 def _table(coefficients: Mapping[tuple[int, int], Triples], steps: int) -> CoefficientSet:
@@ -129,7 +141,7 @@ class ROOT(MatrixOptimizer):
 
     Args:
         params: Parameters, ``(name, parameter)`` pairs, or groups of either. Groups may set `RootOptions`
-            of their own, and `split` or `stacked` where a parameter holds several matrices.
+            of their own.
         lr: Learning rate. Default 1e-3, as in the official code.
         weight_decay: Decoupled weight decay. Default 0.1, as there.
         momentum: Decay of the moving average, in [0, 1). Default 0.95.
@@ -153,8 +165,8 @@ class ROOT(MatrixOptimizer):
         adamw: Options of that AdamW; see `AdamWOptions`.
         maximize: Ascend. Default False.
         foreach: Move many tensors with one kernel. Default None: on accelerators.
-        nonfinite: ``"ignore"`` (default), ``"raise"`` or ``"skip"``; see `MatrixOptimizer`. Clipping hides an
-            infinite entry from the update, not from the buffer.
+        **options: ``stacked``, ``split`` and ``nonfinite``; see `MatrixOptions`. Clipping hides an infinite entry from
+            the update, not from the buffer.
 
     Raises:
         TypeError: For modules, complex or integer parameters, sparse gradients.
@@ -194,9 +206,9 @@ class ROOT(MatrixOptimizer):
         adamw: AdamWOptions | None = None,
         maximize: bool = False,
         foreach: bool | None = None,
-        nonfinite: NonFinite = "ignore",
+        **options: Unpack[MatrixOptions],
     ) -> None:
-        options: RootOptions = {
+        own: RootOptions = {
             "clip_quantile": clip_quantile,
             "clip_sample": clip_sample,
             "coefficients": coefficients,
@@ -212,10 +224,9 @@ class ROOT(MatrixOptimizer):
             "nesterov": nesterov,
             "maximize": maximize,
             "foreach": foreach,
-            "nonfinite": nonfinite,
-            **options,
+            **own,
         }
-        super().__init__(params, defaults, apply_to=apply_to, adamw=adamw)
+        super().__init__(params, defaults, apply_to=apply_to, adamw=adamw, **options)
 
     def check_group(self, group: Group) -> None:
         """Raise ValueError for options out of range."""
@@ -236,8 +247,8 @@ class ROOT(MatrixOptimizer):
         return True
 
     def stacking_shape(self, shape: tuple[int, ...], group: Group) -> tuple[int, ...]:
-        """Tall matrices go with wide ones, transposed."""
-        return min(shape), max(shape)
+        """Tall matrices go with wide ones, transposed, and small ones with those of nearly their shape, padded."""
+        return common_shape(shape) if min(shape) < _PADDED_BELOW else (min(shape), max(shape))
 
     def directions(
         self, updates: Sequence[Tensor], states: Sequence[dict[str, Any]], group: Group
@@ -245,7 +256,17 @@ class ROOT(MatrixOptimizer):
         """Transpose the tall ones, stack, and transpose back."""
         tall = [update.size(-2) > update.size(-1) for update in updates]
         wide = [u.mT if turn else u for u, turn in zip(updates, tall, strict=True)]
-        made = cast(Sequence[Tensor], super().directions(wide, states, group).tensors)
+        if len({u.shape for u in wide}) == 1:
+            made = cast(Sequence[Tensor], super().directions(wide, states, group).tensors)
+        else:
+            # Zeros would take part in the quantile, so that clipping comes before padding.
+            made = newton_schulz_foreach(
+                [_clipped(u, group["clip_quantile"], group["clip_sample"]) for u in wide],
+                _chosen(group["coefficients"], group["ns_steps"]),
+                group["ns_steps"],
+                eps=group["eps"],
+                dtype=group["ns_dtype"],
+            )
         return Directions([t.mT if turn else t for t, turn in zip(made, tall, strict=True)])
 
     def direction(self, update: Tensor, group: Group) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor
@@ -23,7 +23,14 @@ from weightlab.linalg.column_selection import (
 from weightlab.linalg.cosine_transform import Transform, uses_fft
 from weightlab.optim.dct_adamw import low_rank_direction, tall
 from weightlab.optim.lr_scaling import AdjustLR, check_adjust_lr, lr_factor, matrix_shape
-from weightlab.optim.matrix_optimizer import AdamWOptions, ApplyTo, Directions, Group, MatrixOptimizer
+from weightlab.optim.matrix_optimizer import (
+    AdamWOptions,
+    ApplyTo,
+    Directions,
+    Group,
+    MatrixOptimizer,
+    MatrixOptions,
+)
 
 
 class Trion(MatrixOptimizer):
@@ -64,6 +71,7 @@ class Trion(MatrixOptimizer):
         adamw: Options of AdamW for the others; see `AdamWOptions`.
         maximize: Ascend. Default False.
         foreach: As in `MatrixOptimizer`. Default None.
+        **options: ``stacked``, ``split`` and ``nonfinite``; see `MatrixOptions`.
 
     Raises:
         TypeError: For modules, complex or integer parameters, sparse gradients.
@@ -105,6 +113,7 @@ class Trion(MatrixOptimizer):
         adamw: AdamWOptions | None = None,
         maximize: bool = False,
         foreach: bool | None = None,
+        **options: Unpack[MatrixOptions],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -121,7 +130,7 @@ class Trion(MatrixOptimizer):
             "maximize": maximize,
             "foreach": foreach,
         }
-        super().__init__(params, defaults, apply_to=apply_to, adamw=adamw)
+        super().__init__(params, defaults, apply_to=apply_to, adamw=adamw, **options)
 
     def check_group(self, group: Group) -> None:
         """Raise ValueError for options out of range."""
