@@ -22,7 +22,10 @@ class Method(NamedTuple):
     model: str
 
 
-METHODS = (Method("sorsa", "SorsaConfig", "SorsaModel"),)
+METHODS = (
+    Method("bone", "BoneConfig", "BoneModel"),
+    Method("sorsa", "SorsaConfig", "SorsaModel"),
+)
 
 _lock = threading.RLock()
 _state = {"begun": False, "done": False}
