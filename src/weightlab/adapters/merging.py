@@ -22,7 +22,7 @@ from weightlab.adapters.lora_layers import (
     lora_layers,
     matrices,
 )
-from weightlab.adapters.orthogonal import orthogonal_metadata
+from weightlab.adapters.orthogonal import OrthogonalMetadata, orthogonal_metadata
 
 Method = Literal["weights", "cat"]
 
@@ -102,8 +102,8 @@ def merge_adapters(
 
     Raises:
         ValueError: For an unknown method; if there is no LoRA to merge, or one is unknown, is not additive
-            (DoRA, variants, trained biases), brings `modules_to_save`, or is merged already; for ``"weights"``
-            over a quantised base; for ``"cat"`` if the name is taken, or for grouped convolutions. Nothing is
+            (DoRA, variants, trained biases), brings `modules_to_save`, is merged already, or adapts a grouped
+            convolution; for ``"weights"`` over a quantised base; for ``"cat"`` if the name is taken. Nothing is
             changed then.
         TypeError: For ``"cat"``, if `model` is not a `PeftModel`.
 
@@ -126,7 +126,7 @@ def merge_adapters(
     chosen = {name: float(weight) for name, weight in weights.items()}
     layers = _layers(model, chosen)
     if method == "cat":
-        _check_cat(model, layers, chosen, adapter_name)
+        _check_cat(model, adapter_name)
     _warn_of_overlap(model, layers, list(chosen))
     ranks = {key: sum(len(factors(layer, name)[0]) for name in chosen if holds(layer, name)) for key, layer in layers.items()}  # fmt: skip
     merge = Merge(chosen, method, len(layers), max(ranks.values()))
@@ -188,7 +188,9 @@ def _layers(model: nn.Module, chosen: Mapping[str, float]) -> dict[str, LoraLaye
                 raise ValueError(
                     f"{key} holds {layer.merged_adapters} in its weight already; unmerge them first"
                 )
-        config = getattr(model, "peft_config", {}).get(name)
+            if getattr(layer.get_base_layer(), "groups", 1) != 1:
+                raise ValueError(f"{key} is a grouped convolution, which is not supported; leave it out")
+        config: Any = getattr(model, "peft_config", {}).get(name)
         if getattr(config, "modules_to_save", None) or getattr(config, "bias", "none") != "none":
             raise ValueError(
                 f"adapter {name!r} brings whole modules or biases (modules_to_save={config.modules_to_save}, "
@@ -207,18 +209,11 @@ def _base_weight(key: str, layer: LoraLayer) -> Tensor:
     return weight.data
 
 
-def _check_cat(
-    model: nn.Module, layers: Mapping[str, LoraLayer], chosen: Mapping[str, float], adapter_name: str
-) -> None:
+def _check_cat(model: nn.Module, adapter_name: str) -> None:
     if not isinstance(model, PeftModel):
         raise TypeError(f"method='cat' adds an adapter to a PeftModel, and model is a {type(model).__name__}")
     if adapter_name in model.peft_config:
         raise ValueError(f"the model has an adapter {adapter_name!r} already; choose another adapter_name")
-    for key, layer in layers.items():
-        if getattr(layer.get_base_layer(), "groups", 1) != 1:
-            raise ValueError(
-                f"{key} is a grouped convolution, whose LoRAs cannot be concatenated; use 'weights'"
-            )
 
 
 def _concatenate(
@@ -240,7 +235,9 @@ def _concatenate(
         B.copy_(torch.cat([part.to(B) * scale for (_, part), scale in zip(parts, scales, strict=True)], 1))
 
 
-def concatenated_config(first: Any, ranks: Mapping[str, int], every: Iterable[str]) -> LoraConfig:
+def concatenated_config(
+    first: Any, ranks: Mapping[str, int], every: Iterable[str], targets: Iterable[str] | None = None
+) -> LoraConfig:
     """Return a config for a LoRA of scaling 1 that has these ranks on these layers and nothing elsewhere.
 
     What concerns the base model is taken from `first`; what concerns training is PEFT's default.
@@ -249,14 +246,16 @@ def concatenated_config(first: Any, ranks: Mapping[str, int], every: Iterable[st
         first: Config of an adapter of the same base model.
         ranks: Rank by layer.
         every: Names of all modules. PEFT takes a name for all whose own ends in it, unless told otherwise.
+        targets: Names or ends of names that select the layers. Default: their names.
     """
     ambiguous = any(name.endswith(f".{key}") for name in every for key in ranks)
     rank = max(ranks.values())
     pattern = {f"^{re.escape(key)}$" if ambiguous else key: r for key, r in ranks.items() if r != rank}
+    names = "|".join(map(re.escape, ranks)) if ambiguous else list(ranks)
     return LoraConfig(
         r=rank,
         lora_alpha=rank,
-        target_modules="|".join(map(re.escape, ranks)) if ambiguous else list(ranks),
+        target_modules=names if targets is None else sorted(targets),
         rank_pattern=pattern,
         alpha_pattern=dict(pattern),
         inference_mode=True,
@@ -268,20 +267,38 @@ def concatenated_config(first: Any, ranks: Mapping[str, int], every: Iterable[st
 
 
 def _warn_of_overlap(model: nn.Module, layers: Mapping[str, LoraLayer], names: list[str]) -> None:
-    known = {name: orthogonal_metadata(model, name) for name in names}
-    for a, b in combinations(names, 2):
+    downs = {
+        name: {key: matrices(layer, name)[0] for key, layer in layers.items() if holds(layer, name)}
+        for name in names
+    }
+    for message in shared_directions(downs, {name: orthogonal_metadata(model, name) for name in names}):
+        warnings.warn(message, stacklevel=4)
+
+
+def shared_directions(
+    downs: Mapping[str, Mapping[str, Tensor]], known: Mapping[str, OrthogonalMetadata | None]
+) -> list[str]:
+    """Say which adapters share input directions though one of them is orthogonal.
+
+    Args:
+        downs: Down-projections `(r, n)` by adapter and layer.
+        known: What is known of each adapter.
+
+    Returns:
+        A sentence for each such pair, with the largest overlap measured.
+    """
+    messages = []
+    for a, b in combinations(downs, 2):
         if known[a] is None and known[b] is None:
             continue
-        measured = {
-            key: overlap(matrices(layer, a)[0], matrices(layer, b)[0])
-            for key, layer in layers.items()
-            if holds(layer, a) and holds(layer, b)
-        }
-        if measured and measured[worst := max(measured, key=lambda key: measured[key])] > _DISJOINT:
-            r = min(len(matrices(layers[worst], name)[0]) for name in (a, b))
-            warnings.warn(
-                f"adapters {a!r} ({known[a] or 'not orthogonal'}) and {b!r} ({known[b] or 'not orthogonal'}) share input "
-                f"directions: ‖B_aᵀB_b‖ is up to {measured[worst]:.3g} ({worst}), where {r**0.5:.3g} would be the same "
-                f"{r} columns; give both one basis_seed, one rank and different slots",
-                stacklevel=4,
-            )
+        measured = {key: overlap(downs[a][key], downs[b][key]) for key in downs[a].keys() & downs[b].keys()}
+        if not measured or max(measured.values()) <= _DISJOINT:
+            continue
+        worst = max(sorted(measured), key=lambda key: measured[key])
+        r = min(len(downs[name][worst]) for name in (a, b))
+        messages.append(
+            f"adapters {a!r} ({known[a] or 'not orthogonal'}) and {b!r} ({known[b] or 'not orthogonal'}) share input "
+            f"directions: ‖B_aᵀB_b‖ is up to {measured[worst]:.3g} ({worst}), where {r**0.5:.3g} would be the same "
+            f"{r} columns; give both one basis_seed, one rank and different slots"
+        )
+    return messages
