@@ -152,6 +152,19 @@ def test_every_method_takes_the_options_for_all_groups_at_once(method):
     torch.testing.assert_close(moved[0][1, 3:], alone.detach(), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("method", [HybridAuON, ROOT, Trion])
+def test_the_fastest_type_is_bfloat16_only_where_it_is_native(method, native, monkeypatch):
+    monkeypatch.setattr("weightlab.linalg.native_dtype.has_native_bfloat16", lambda device: native)
+    moved = []
+    for dtype in ("auto", torch.bfloat16 if native else torch.float32):
+        w = nn.Parameter(drawn(6, 4))
+        w.grad = drawn(6, 4, seed=1)
+        method([w], ns_dtype=dtype).step()
+        moved.append(w.detach())
+    assert torch.equal(*moved)
+
+
 @pytest.mark.parametrize("method", [ARO, AuON, DCTAdamW, HybridAuON, ROOT, Trion])
 def test_an_option_that_there_is_not_is_refused(method):
     with pytest.raises(TypeError, match=rf"{method.__name__} has no option nesterof"):

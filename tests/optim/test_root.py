@@ -283,6 +283,7 @@ def test_groups_set_their_own_options():
         ({"clip_sample": 0}, ValueError, "clip_sample"),
         ({"ns_steps": 0}, ValueError, "ns_steps"),
         ({"ns_steps": 2.0}, ValueError, "ns_steps"),
+        ({"ns_dtype": torch.int8}, ValueError, "ns_dtype must be a floating-point torch.dtype"),
         ({"ns_steps": 6, "coefficients": "polar_express"}, ValueError, "5 triples"),
         ({"eps": 0.0}, ValueError, "eps"),
         ({"adjust_lr": "adam"}, ValueError, "adjust_lr"),

@@ -173,6 +173,7 @@ def test_zero_and_nan_gradients():
         ({"momentum": 1.0}, "momentum"),
         ({"coefficients": "muo"}, "unknown coefficients 'muo'"),
         ({"ns_steps": 0}, "steps"),
+        ({"ns_dtype": "bfloat16"}, "ns_dtype must be a floating-point torch.dtype"),
         ({"basis": "svd"}, "basis must be one of dct2"),
         ({"select_norm": 3}, "norm"),
         ({"transform": "x"}, "transform"),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from weightlab.linalg.coefficients import CoefficientSet, Triple, resolve_coefficients
-from weightlab.linalg.native_dtype import fastest_dtype
+from weightlab.linalg.native_dtype import DtypeChoice, fastest_dtype
 from weightlab.linalg.padding import merge_shapes, stack_padded, unstack_padded
 from weightlab.linalg.sign_method import METHODS, Method, choose_method, gram_segment_length, is_steep
 from weightlab.linalg.symmetric_products import gram, symmetric_product
@@ -21,7 +21,7 @@ def newton_schulz(
     steps: int | None = None,
     *,
     eps: float = 1e-7,
-    dtype: torch.dtype | Literal["auto"] | None = None,
+    dtype: DtypeChoice = None,
     method: Method | Literal["auto"] = "auto",
 ) -> Tensor:
     r"""Push all singular values of each matrix towards one and keep the singular vectors.
@@ -118,7 +118,7 @@ def newton_schulz_foreach(
     *,
     waste: float = 0.125,
     eps: float = 1e-7,
-    dtype: torch.dtype | Literal["auto"] | None = None,
+    dtype: DtypeChoice = None,
     method: Method | Literal["auto"] = "auto",
 ) -> list[Tensor]:
     """`newton_schulz` of many matrices of any shapes, in as few batches as pays.

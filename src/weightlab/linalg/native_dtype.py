@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
+
+DtypeChoice = torch.dtype | Literal["auto"] | None
+"""Type to work in: one, the fastest that the device has (`fastest_dtype`), or that of the data."""
 
 
 @torch.compiler.assume_constant_result
@@ -44,3 +49,10 @@ def fastest_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     if dtype == torch.float64:
         return dtype
     return torch.bfloat16 if has_native_bfloat16(device) else torch.float32
+
+
+def check_dtype(dtype: DtypeChoice, name: str) -> None:
+    """Raise ValueError for what is no `DtypeChoice` of a floating-point type."""
+    known = dtype is None or dtype == "auto" or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)
+    if not known:
+        raise ValueError(f'{name} must be a floating-point torch.dtype, "auto" or None, got {dtype!r}')

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from weightlab.linalg import newton_schulz
+from weightlab.linalg.native_dtype import DtypeChoice, check_dtype
 from weightlab.optim import multi_tensor
 from weightlab.optim.lr_scaling import AdjustLR, check_adjust_lr, lr_factor
 from weightlab.optim.matrix_optimizer import (
@@ -245,8 +246,9 @@ class AuON(MatrixOptimizer):
         nesterov: Look ahead by one step. Default True.
         normalize: Divide by the norm (paper) or not (official code). Default True.
         ns_steps: Newton-Schulz steps before the brake. Default 0.
-        ns_dtype: Type of the Newton-Schulz steps. Default None: that of the parameter. `torch.bfloat16`, which
-            `torch.optim.Muon` always uses, is faster where the device has it natively.
+        ns_dtype: Type of the Newton-Schulz steps. Default None: the parameter's. ``"auto"``: bfloat16 where the device has it
+            natively, else float32. `torch.bfloat16`, which `torch.optim.Muon` always uses, takes several times as long where
+            it is emulated.
         adjust_lr: ``"original"``: s = √max(1, m/n) for matrices. ``"match_rms_adamw"``: s brings the root
             mean square of the update to about 0.2, AdamW's: 0.2·√N if normalised, else 0.2·√max(m, n)
             after Newton-Schulz, which leaves a semi-orthogonal matrix. Default None: s = 1.
@@ -289,7 +291,7 @@ class AuON(MatrixOptimizer):
         nesterov: bool = True,
         normalize: bool = True,
         ns_steps: int = 0,
-        ns_dtype: torch.dtype | None = None,
+        ns_dtype: DtypeChoice = None,
         adjust_lr: AdjustLR | None = None,
         eps: float = 1e-7,
         apply_to: ApplyTo = "all",
@@ -319,6 +321,7 @@ class AuON(MatrixOptimizer):
         super().check_group(group)
         _check_gamma(group["gamma"])
         check_adjust_lr(group["adjust_lr"])
+        check_dtype(group["ns_dtype"], "ns_dtype")
         if group["ns_steps"] < 0:
             raise ValueError(f"ns_steps must be at least 0, got {group['ns_steps']}")
         if not group["eps"] > 0:
@@ -385,7 +388,7 @@ class HybridAuON(AuON):
         nesterov: bool = True,
         normalize: bool = False,
         ns_steps: int = 5,
-        ns_dtype: torch.dtype | None = None,
+        ns_dtype: DtypeChoice = None,
         adjust_lr: AdjustLR | None = None,
         eps: float = 1e-7,
         apply_to: ApplyTo = "all",

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict, Unpack, cast
 
-import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from weightlab.linalg import clip_outliers, newton_schulz
 from weightlab.linalg.coefficients import CoefficientSet, resolve_coefficients
 from weightlab.linalg.matrix_sign import newton_schulz_foreach
+from weightlab.linalg.native_dtype import DtypeChoice, check_dtype
 from weightlab.linalg.outliers import check_quantile
 from weightlab.linalg.padding import common_shape
 from weightlab.optim.lr_scaling import AdjustLR, check_adjust_lr, lr_factor
@@ -41,7 +41,7 @@ class RootOptions(TypedDict, total=False):
         clip_sample: Entries of a matrix to estimate that quantile from; `None` for all.
         coefficients: Of the Newton-Schulz steps: a name, triples, or a table by shape.
         ns_steps: Number of these steps.
-        ns_dtype: Type of these steps.
+        ns_dtype: Type of these steps; `None` for the parameter's, `"auto"` for the fastest.
         adjust_lr: Factor on the learning rate by shape.
         eps: Added to the Frobenius norm.
     """
@@ -50,7 +50,7 @@ class RootOptions(TypedDict, total=False):
     clip_sample: int | None
     coefficients: Coefficients
     ns_steps: int
-    ns_dtype: torch.dtype | None
+    ns_dtype: DtypeChoice
     adjust_lr: AdjustLR | None
     eps: float
 
@@ -62,7 +62,7 @@ def root_update(
     clip_sample: int | None = None,
     coefficients: Coefficients = "root",
     ns_steps: int = 5,
-    ns_dtype: torch.dtype | None = None,
+    ns_dtype: DtypeChoice = None,
     eps: float = 1e-7,
 ) -> Tensor:
     """Clip matrices at a quantile of their absolute values, then push their singular values towards one.
@@ -74,7 +74,7 @@ def root_update(
         coefficients: As `newton_schulz` takes them, or a table: sides of a matrix -> `(a, b, c)` triples.
             Shapes that a table does not hold take those of the nearest aspect ratio.
         ns_steps: Number of Newton-Schulz steps.
-        ns_dtype: Type of the Newton-Schulz steps. `None`: that of `update`.
+        ns_dtype: Type of the Newton-Schulz steps, as `dtype` in `newton_schulz`. `None`: that of `update`.
         eps: Added to the Frobenius norm.
 
     Returns:
@@ -90,6 +90,7 @@ def root_update(
         ROOT: Robust Orthogonalized Optimizer for Neural Network Training, arXiv 2511.20626.
 
     Example:
+        >>> import torch
         >>> U = torch.eye(2, 3) + 0.01
         >>> root_update(U, clip_quantile=None, coefficients="polar_express").round(decimals=1) + 0.0
         tensor([[1., 0., 0.],
@@ -155,8 +156,9 @@ class ROOT(MatrixOptimizer):
             where a shape that it does not hold takes those of the nearest aspect ratio. Default
             ``"root"``: the published table.
         ns_steps: Newton-Schulz steps. Default 5.
-        ns_dtype: Type of these steps. Default None: the parameter's. `torch.bfloat16`, which
-            `torch.optim.Muon` always uses, is faster where the device has it natively.
+        ns_dtype: Type of these steps. Default None: the parameter's. ``"auto"``: bfloat16 where the device has it
+            natively, else float32. `torch.bfloat16`, which `torch.optim.Muon` always uses, takes several times as long where
+            it is emulated.
         adjust_lr: ``"match_rms_adamw"`` (default): s = 0.2·√max(m, n), so that AdamW's learning rates
             carry over. ``"original"``: s = √max(1, m/n). None: s = 1.
         eps: Added to the Frobenius norm. Default 1e-7.
@@ -177,6 +179,7 @@ class ROOT(MatrixOptimizer):
         buffer of state per parameter: half of AdamW's.
 
     Example:
+        >>> import torch
         >>> model = torch.nn.Linear(4, 4)
         >>> optimizer = ROOT(model.named_parameters(), lr=1e-3, adamw={"lr": 1e-3})
         >>> model(torch.ones(4)).sum().backward()
@@ -199,7 +202,7 @@ class ROOT(MatrixOptimizer):
         clip_sample: int | None = None,
         coefficients: Coefficients = "root",
         ns_steps: int = 5,
-        ns_dtype: torch.dtype | None = None,
+        ns_dtype: DtypeChoice = None,
         adjust_lr: AdjustLR | None = "match_rms_adamw",
         eps: float = 1e-7,
         apply_to: ApplyTo = "matrices",
@@ -236,6 +239,7 @@ class ROOT(MatrixOptimizer):
         if group["clip_sample"] is not None and group["clip_sample"] < 1:
             raise ValueError(f"clip_sample must be at least 1, or None for all, got {group['clip_sample']}")
         check_adjust_lr(group["adjust_lr"])
+        check_dtype(group["ns_dtype"], "ns_dtype")
         if not (isinstance(group["ns_steps"], int) and group["ns_steps"] >= 1):
             raise ValueError(f"ns_steps must be an integer of at least 1, got {group['ns_steps']!r}")
         if not group["eps"] > 0:

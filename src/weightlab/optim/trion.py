@@ -21,6 +21,7 @@ from weightlab.linalg.column_selection import (
     select_tall,
 )
 from weightlab.linalg.cosine_transform import Transform, uses_fft
+from weightlab.linalg.native_dtype import DtypeChoice, check_dtype
 from weightlab.optim.dct_adamw import low_rank_direction, tall
 from weightlab.optim.lr_scaling import AdjustLR, check_adjust_lr, lr_factor, matrix_shape
 from weightlab.optim.matrix_optimizer import (
@@ -60,8 +61,8 @@ class Trion(MatrixOptimizer):
         rank: r, or a fraction of the shorter side in (0, 1]. At most n columns are used. Default 128.
         coefficients: Of Newton-Schulz: a name out of `COEFFICIENTS` or ``(a, b, c)`` triples. Default ``"muon"``.
         ns_steps: Its steps. Default 5.
-        ns_dtype: Type of its products. Default None: float32, or float64 for float64 parameters. The official code has
-            bfloat16, which is faster where the device has it natively.
+        ns_dtype: Type of its products. Default None: float32, or float64 for float64 parameters. ``"auto"``: bfloat16
+            where the device has it natively, else as before. The official code has bfloat16.
         basis: As in `DCTAdamW`: ``"dct2"`` (default), ``"dct3"``, ``"random"`` or ``"identity"``.
         transform: ``"matmul"``, ``"fft"``, or ``"auto"`` (default): by size.
         select_norm: p, 1 (default) or 2.
@@ -104,7 +105,7 @@ class Trion(MatrixOptimizer):
         rank: int | float = 128,
         coefficients: str | Sequence[Sequence[float]] = "muon",
         ns_steps: int | None = 5,
-        ns_dtype: torch.dtype | None = None,
+        ns_dtype: DtypeChoice = None,
         basis: Basis = "dct2",
         transform: Transform = "auto",
         select_norm: Norm = 1,
@@ -138,6 +139,7 @@ class Trion(MatrixOptimizer):
         check_rank(group["rank"])
         check_basis(group["basis"])
         check_norm(group["select_norm"])
+        check_dtype(group["ns_dtype"], "ns_dtype")
         uses_fft(1, group["transform"])
         resolve_coefficients(group["coefficients"]).schedule(group["ns_steps"])
         if group["adjust_lr"] != "dion":
