@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from weightlab.adapters import ActivationPCA
@@ -414,3 +415,34 @@ def test_bad_input_is_named():
         model.query(torch.ones(2, 6, dtype=torch.int64))
     with pytest.raises(ValueError, match="method and groups must be the same"):
         run(model, batches(1), 2).merge(run(model, batches(1), 2, ["out"]))
+
+
+def reduce_on(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    model, data = seeded(Attention), batches(6)
+    for method in ("covariance", "incremental", "sketch"):
+        pca = run(model, data[:2] if rank else data[2:], 6, method=method).all_reduce()
+        torch.save((pca.state_dict(), pca.counts), f"{folder}/{method}-{rank}.pt")
+    pca = run(model, data, 2, ["out"] if rank else ["query"])
+    with pytest.raises(ValueError, match="processes have seen different groups of layers"):
+        pca.all_reduce()
+    dist.destroy_process_group()
+
+
+def test_processes_end_with_what_one_would_have_seen(tmp_path):
+    torch.multiprocessing.spawn(reduce_on, (str(tmp_path),), nprocs=2)
+    model, data = seeded(Attention), batches(6)
+    for method in ("covariance", "incremental", "sketch"):
+        whole = run(model, data, 6, method=method)
+        (first, counts), (second, _) = (
+            torch.load(tmp_path / f"{method}-{rank}.pt", weights_only=True) for rank in range(2)
+        )
+        assert counts == whole.counts
+        reduced = ActivationPCA(model, 6, method=method, progress=False)
+        reduced.load_state_dict(first)
+        for name, state in first["streams"].items():
+            assert all(torch.equal(value, second["streams"][name][key]) for key, value in state.items())
+        for name, expected in whole.components().items():
+            for got, value in zip(reduced.components()[name], expected, strict=True):
+                torch.testing.assert_close(got, value, rtol=1e-4, atol=1e-5)

@@ -170,7 +170,7 @@ def eva_init_(
         if dataloader is None:
             raise ValueError("eva_init_ needs batches: give dataloader, or eva_state_dict")
         old = {name: layer.r[adapter] for name, layer in layers.items()}
-        dims = {name: layer.lora_A[adapter].weight[0].numel() for name, layer in layers.items()}
+        dims = {name: _factors(layer, adapter)[0].weight[0].numel() for name, layer in layers.items()}
         pca = ActivationPCA(
             peft_model,
             _wanted(old, dims, rho),
@@ -197,7 +197,7 @@ def eva_init_(
         components = pca.components()
         ranks = deal(components)
         eva_state_dict = {
-            name: _rows_of_A(components[name], ranks[name], whiten, layers[name].lora_A[adapter].weight)
+            name: _rows_of_A(components[name], ranks[name], whiten, _factors(layers[name], adapter)[0].weight)
             for name in layers
         }
         explained = {
@@ -255,6 +255,11 @@ def _lora_layers(peft_model: PeftModel) -> tuple[str, dict[str, LoraLayer]]:
             "see target_modules"
         )
     return adapter, layers
+
+
+def _factors(layer: LoraLayer, adapter: str) -> tuple[Any, Any]:
+    """The modules A and B, Linear or Conv2d."""
+    return layer.lora_A[adapter], layer.lora_B[adapter]
 
 
 def _can_be_started(base: nn.Module, layer: LoraLayer) -> bool:
@@ -341,7 +346,7 @@ def _check_state(state: Mapping[str, Tensor], layers: Mapping[str, LoraLayer], a
             f"eva_state_dict has {unknown[:3]}, no LoRA layer of this model; layers are named as {next(iter(layers))!r}"
         )
     for name, rows in state.items():
-        shape = layers[name].lora_A[adapter].weight.shape
+        shape = _factors(layers[name], adapter)[0].weight.shape
         if rows.shape[1:] != shape[1:]:
             raise ValueError(
                 f"eva_state_dict has shape {tuple(rows.shape)} for {name!r}, whose A has {tuple(shape)}"
@@ -376,7 +381,7 @@ def _load(
             removed.append(short)
         else:
             _set(layer, adapter, state[name], adjust_scaling)
-    config = peft_model.peft_config[adapter]
+    config: Any = peft_model.peft_config[adapter]
     remaining = dict(_remaining(peft_model, adapter))
     if removed:
         config.target_modules = _targets(list(remaining), removed)
@@ -388,7 +393,7 @@ def _load(
 
 
 def _set(layer: LoraLayer, adapter: str, rows: Tensor, adjust_scaling: bool) -> None:
-    A, B = layer.lora_A[adapter], layer.lora_B[adapter]
+    A, B = _factors(layer, adapter)
     rank, old = len(rows), layer.r[adapter]
     base = next(p for p in layer.get_base_layer().parameters())
     device = base.device if A.weight.is_meta else A.weight.device
@@ -447,5 +452,5 @@ def _pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
 
 
 def _parameters(layers: Iterable[LoraLayer], adapter: str) -> int:
-    factors = [factor for layer in layers for factor in (layer.lora_A[adapter], layer.lora_B[adapter])]
+    factors = [factor for layer in layers for factor in _factors(layer, adapter)]
     return sum(factor.weight.numel() for factor in factors)
