@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -46,7 +46,7 @@ class Arm:
 
     Every callable receives the hyper-parameters of the run: `defaults` overlaid with the values drawn
     from `search_space`. Steps of one run, in order: the task builds the model; `transform`; `init`;
-    `optimizer`; then for each batch: loss (+ `penalty`), backward, `schedule`, optimizer step,
+    `prepare`; `optimizer`; then for each batch: loss (+ `penalty`), backward, `schedule`, optimizer step,
     `callbacks`.
 
     Attributes:
@@ -59,6 +59,10 @@ class Arm:
         schedule: `(step, steps, hyperparameters) -> factor` on the learning rate, step from 0.
         transform: Returns a changed model (a parametrization, another layer, ...).
         init: Changes initial weights in place, drawing from the generator only.
+        prepare: `(model, hyperparameters, batches, loss)`: sets the model up from data, in place. `batches`
+            are training batches without end, on the model's device, drawn in an order of their own, so
+            that those of training stay the same; `loss(model, batch)` is the task's. Gradients that it
+            leaves are cleared. It is part of a run's total time and not of its training time.
         penalty: A scalar to add to the task's loss.
         callbacks: `(model, optimizers, hyperparameters) -> callbacks` for this run.
         requires: Distributions besides PyTorch whose code the arm runs, as pip names them, e.g.
@@ -75,6 +79,10 @@ class Arm:
     schedule: Callable[[int, int, Hyperparameters], float] = warmup_linear
     transform: Callable[[nn.Module, Hyperparameters], nn.Module] | None = None
     init: Callable[[nn.Module, Hyperparameters, torch.Generator], object] | None = None
+    prepare: (
+        Callable[[nn.Module, Hyperparameters, Iterator[Any], Callable[[nn.Module, Any], Tensor]], object]
+        | None
+    ) = None
     penalty: Callable[[nn.Module, Hyperparameters], Tensor] | None = None
     callbacks: Callable[[nn.Module, Sequence[Optimizer], Hyperparameters], Sequence[Callback]] | None = None
     requires: Sequence[str] = ()

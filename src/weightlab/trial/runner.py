@@ -185,11 +185,17 @@ class Run:
         """Train to the end. Every failure here is the arm's."""
         spec, device = self.spec, self.device
         hyperparameters = {**arm.defaults, **spec.hyperparameters}
-        torch.manual_seed(derive_seed(spec.seed, "training"))
+        torch.manual_seed(derive_seed(spec.seed, "set-up"))
         if arm.transform is not None:
             model = arm.transform(model, hyperparameters).to(device)
         if arm.init is not None:
             arm.init(model, hyperparameters, torch.Generator().manual_seed(derive_seed(spec.seed, "arm")))
+        if arm.prepare is not None:
+            generator = torch.Generator().manual_seed(derive_seed(spec.seed, "prepare"))
+            apart = (move(batch, device) for batch in endless(task, generator))
+            arm.prepare(model, hyperparameters, apart, task.loss)
+            model.zero_grad(set_to_none=True)
+        torch.manual_seed(derive_seed(spec.seed, "training"))
         made = arm.optimizer(model, hyperparameters)
         self.optimizers = optimizers = [made] if isinstance(made, Optimizer) else list(made)
         schedule = Schedule(arm, optimizers, spec.steps, hyperparameters)
