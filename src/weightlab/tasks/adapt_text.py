@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
 
 from weightlab.tasks.base import Split
 from weightlab.tasks.digest import digest
+from weightlab.tasks.models.gpt import GPT
 from weightlab.tasks.pretraining import pretrained
 from weightlab.tasks.text_gpt import TextGPT
 
@@ -56,9 +57,9 @@ class AdaptText(TextGPT):
         super().__init__(steps=steps, **shared)
         self.source = self.source_class(steps=pretrain_steps, **shared)
 
-    def build(self, generator: torch.Generator) -> nn.Module:
+    def build(self, generator: torch.Generator) -> GPT:
         """Return the pre-trained GPT that `generator` stands for."""
-        return pretrained(self.source, generator, steps=self.source.steps)
+        return cast("GPT", pretrained(self.source, generator, steps=self.source.steps))
 
     def evaluate(self, model: nn.Module, split: Split) -> dict[str, float]:
         """Return `loss` and `source_loss`, nats a character, over the same windows every time."""
