@@ -20,7 +20,6 @@ from weightlab.adapters.orthogonal import (
     orthogonal_metadata,
 )
 
-
 # PEFT asks transformers 5 for a property by its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing. is deprecated:FutureWarning")
 
@@ -302,6 +301,14 @@ class TestFiles:
         )
         assert orthogonal_metadata(adapted()) is None
 
+    def test_adapters_added_with_one_config_have_metadata_of_their_own(self):
+        settings = LoraConfig(r=2, target_modules=["0"])
+        model = get_peft_model(perceptron(), settings, "cat")
+        model.add_adapter("dog", settings)
+        model.add_adapter("plain", settings)
+        known = [orthogonal_lora_(model, name, slot=slot) for slot, name in enumerate(("cat", "dog"))]
+        assert [orthogonal_metadata(model, name) for name in ("cat", "dog", "plain")] == [*known, None]
+
     def test_a_changed_basis_is_noticed(self):
         model = adapted()
         orthogonal_lora_(model, slot=1)
@@ -351,7 +358,9 @@ class TestRefusals:
 
     @pytest.mark.parametrize("start", [False, "pissa", "olora"])
     def test_loras_that_do_something_already(self, start: bool | str):
-        with pytest.raises(ValueError, match="lora_B of 0 is not zero: adapter .default. was trained already"):
+        with pytest.raises(
+            ValueError, match="lora_B of 0 is not zero: adapter 'default' was trained already"
+        ):
             orthogonal_lora_(adapted(init_lora_weights=start), slot=0)
 
     def test_dora_and_trained_biases(self):

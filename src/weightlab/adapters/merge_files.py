@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -28,7 +30,7 @@ from weightlab.adapters._peft import (
 )
 from weightlab.adapters.finetune_hub import first_line, hub_answers, local_copy
 from weightlab.adapters.lora_layers import PEFT_PREFIX
-from weightlab.adapters.merging import concatenated_config, shared_directions
+from weightlab.adapters.merging import concatenated_config, shared_directions, tied_to
 from weightlab.adapters.orthogonal import parse_metadata
 from weightlab.adapters.registration import register
 from weightlab.exceptions import UsageError, WeightlabError
@@ -38,6 +40,7 @@ Tell = Callable[[str, int, int], None]
 
 _CONFIG = "adapter_config.json"
 _FACTOR = re.compile(rf"{re.escape(PEFT_PREFIX)}(.+)\.lora_(A\.weight|B\.weight|embedding_A|embedding_B)")
+_REPOSITORY = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _MODELS = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
@@ -141,6 +144,27 @@ def merge_files(
         "warnings": messages,
         "seconds": round(time.monotonic() - started, 3),
     }  # fmt: skip
+
+
+def command(
+    paths: Sequence[str], out: str, *, console: Console, quiet: bool = False, **settings: Any
+) -> dict[str, Any]:
+    """Run `merge_files` with a bar and warnings on a console; nothing of either if `quiet`."""
+    from weightlab.adapters.finetune_model import quiet_libraries
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with quiet_libraries(), Progress(*columns, console=console, disable=quiet, transient=True) as bar:
+        row = bar.add_task("", total=None)
+        result = merge_files(
+            paths,
+            out,
+            tell=lambda what, done, total: bar.update(row, description=what, completed=done, total=total),
+            **settings,
+        )
+    if not quiet:
+        for message in result["warnings"]:
+            console.print(f"Warning: {message}", markup=False, highlight=False, soft_wrap=True)
+    return result
 
 
 def summary(result: Mapping[str, Any]) -> str:
@@ -247,7 +271,8 @@ def _parse(path: str, config: LoraConfig, state: Mapping[str, Tensor]) -> _Adapt
             raise UsageError(
                 f"{path}: the factors of {key} do not fit: {[*parts]} {[tuple(x.shape) for x in parts.values()]}"
             )
-        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), key), config.lora_alpha)
+        alphas = config.alpha_pattern or {}
+        alpha = alphas.get(get_pattern_key(list(alphas), key), config.lora_alpha)
         layers[key] = _Layer(A, B, alpha / (len(A) ** 0.5 if config.use_rslora else len(A)), embedding)
     return _Adapter(config, layers, embeddings)
 
@@ -358,6 +383,11 @@ def _write_sum(
         weight = getattr(module, "weight", None)
         if not isinstance(weight, Tensor):
             raise UsageError(f"the base model {base} has no layer {key}; name its own with --base")
+        if tied := tied_to(model, module):
+            raise UsageError(
+                f"{key} shares its weight with {tied}, which the adapters leave alone and a merge would change; use "
+                f"--method cat"
+            )
         if isinstance(module, nn.Embedding | Conv1D):
             total = total.mT
         if weight.numel() != total.numel() or weight.shape[0] != total.shape[0]:
@@ -377,7 +407,13 @@ def _write_sum(
 def _base_model(base: str | None, task: Any, path: str) -> tuple[nn.Module, str]:
     if not base:
         raise UsageError(f"{path} does not say what its base model is; name it with --base")
-    source = str(local_copy(base) or Path(base).expanduser()) if not Path(base).is_dir() else base
+    source = str(Path(base).expanduser())
+    if not Path(source).is_dir():
+        if not _REPOSITORY.fullmatch(base):
+            raise UsageError(
+                f"no folder {base} (looked in {Path.cwd()}); models on the Hub are named owner/name"
+            )
+        source = str(local_copy(base) or base)
     transformers = require("transformers", "adapters")
     kind = getattr(transformers, _MODELS.get(str(getattr(task, "value", task)), "AutoModel"))
     try:

@@ -79,7 +79,7 @@ def merge_adapters(
     every adapter. The paper takes 0.6 for each.
 
     - ``"weights"`` adds the sum, formed in float32 and rounded once, to the base weights. The model then runs
-      at the base's speed, `merge_and_unload` makes it a plain one, and ``unmerge()`` of the result restores it.
+      at the base's speed, PEFT's `unload` makes it a plain one, and ``unmerge()`` of the result restores it.
     - ``"cat"`` makes a new LoRA of PEFT's whose rank is the sum of the ranks, and leaves the others alone. It
       has ``lora_A = [A₁; A₂; …]``, ``lora_B = [λ₁s₁B₁, λ₂s₂B₂, …]`` and scaling 1, and works over quantised
       bases. Activate it by ``set_adapter``.
@@ -103,7 +103,7 @@ def merge_adapters(
     Raises:
         ValueError: For an unknown method; if there is no LoRA to merge, or one is unknown, is not additive
             (DoRA, variants, trained biases), brings `modules_to_save`, is merged already, or adapts a grouped
-            convolution; for ``"weights"`` over a quantised base; for ``"cat"`` if the name is taken. Nothing is
+            convolution; for ``"weights"`` over a quantised base or a tied weight; for ``"cat"`` if the name is taken. Nothing is
             changed then.
         TypeError: For ``"cat"``, if `model` is not a `PeftModel`.
 
@@ -134,7 +134,7 @@ def merge_adapters(
         assert isinstance(model, PeftModel)
         _concatenate(model, layers, ranks, chosen, adapter_name)
         return merge
-    bases = {key: _base_weight(key, layer) for key, layer in layers.items()}
+    bases = {key: _base_weight(model, key, layer) for key, layer in layers.items()}
     for key, layer in layers.items():
         present = {name: weight for name, weight in chosen.items() if holds(layer, name)}
         base = bases[key]
@@ -200,13 +200,26 @@ def _layers(model: nn.Module, chosen: Mapping[str, float]) -> dict[str, LoraLaye
     return layers
 
 
-def _base_weight(key: str, layer: LoraLayer) -> Tensor:
-    weight: Any = layer.get_base_layer().weight
-    if not weight.is_floating_point() or getattr(layer, "quantization_backend", None) is not None:
+def _base_weight(model: nn.Module, key: str, layer: LoraLayer) -> Tensor:
+    base: Any = layer.get_base_layer()
+    if not base.weight.is_floating_point() or getattr(layer, "quantization_backend", None) is not None:
         raise ValueError(
-            f"the weight of {key} is quantised ({weight.dtype}): it cannot take the sum exactly; use method='cat'"
+            f"the weight of {key} is quantised ({base.weight.dtype}): it cannot take the sum exactly; use method='cat'"
         )
-    return weight.data
+    if tied := tied_to(model, base):
+        raise ValueError(
+            f"{key} shares its weight with {tied}, which the adapter leaves alone and a merge would change; use "
+            f"method='cat'"
+        )
+    return base.weight.data
+
+
+def tied_to(model: nn.Module, layer: nn.Module) -> str | None:
+    """Return the name of another module of the model that has the layer's weight, None if there is none."""
+    for name, module in model.named_modules():
+        if module is not layer and module._parameters.get("weight") is layer.weight:
+            return name.removeprefix(PEFT_PREFIX)
+    return None
 
 
 def _check_cat(model: nn.Module, adapter_name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import warnings
@@ -152,7 +153,10 @@ def orthogonal_lora_(
     )
     config = _config(peft_model, adapter_name)
     if config is not None:
+        # Adapters may have been added with one and the same config.
+        config = copy.copy(config)
         setattr(config, _FIELD, _MARK + json.dumps(asdict(metadata)))
+        peft_model.peft_config[adapter_name] = config  # type: ignore[index, operator]
     return metadata
 
 
