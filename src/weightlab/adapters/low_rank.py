@@ -100,6 +100,7 @@ def low_rank_linear(
     *,
     result: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    fold: bool | None = None,
 ) -> Tensor:
     r"""Compute `result` + x ΔWᵀ without forming ΔW.
 
@@ -113,6 +114,9 @@ def low_rank_linear(
         scale: A factor to the whole.
         result: (..., out), to be added. Default: nothing.
         dtype: Dtype of the products; differences of factors are formed in their own. Default: that of the factors.
+        fold: Multiply s into L, which is small and then has a gradient, not into the tokens' features. Default: if L
+            has one anyway. Without it, only r numbers a token are kept for the backward pass of s. No matter with
+            `initial`.
 
     Returns:
         (..., out), of `dtype`.
@@ -133,11 +137,9 @@ def low_rank_linear(
         if result is None:
             result = x.new_zeros(*x.shape[:-1], factors.left.shape[0])
         return _Difference.apply(result.to(dtype), x, *factors, *initial, scale)  # type: ignore[return-value]
-    if factors.left.requires_grad or factors.values is None:
-        # Folding the values into the small factor spares products over all tokens.
+    if factors.values is None or (factors.left.requires_grad if fold is None else fold):
         features, left = F.linear(x, factors.right.to(dtype)), (factors.scaled_left * scale).to(dtype)
     else:
-        # A frozen left factor needs no gradient: only (tokens, r) numbers are kept for backward.
         features = F.linear(x, factors.right.to(dtype)) * (factors.values * scale).to(dtype)
         left = factors.left.to(dtype)
     delta = F.linear(features, left)
@@ -325,7 +327,8 @@ class LowRankLayer(AdapterLayer):
         factors, initial, scale = self.factors(name), self.subtracted(name), self.scaling[name]
         dtype = self.compute_dtype(x, factors.right.dtype)
         if not isinstance(self.layout, EmbeddingLayout | ConvolutionLayout):
-            return low_rank_linear(x, factors, initial, scale, result=result, dtype=dtype)
+            fold = self.roles.left == "trained"
+            return low_rank_linear(x, factors, initial, scale, result=result, dtype=dtype, fold=fold)
         base = self.get_base_layer()
         right, left = lora_form(factors, initial, scale)
         features = self.layout.project(base, self._input(x, dtype), right.to(dtype))

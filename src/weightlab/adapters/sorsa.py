@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -14,12 +14,12 @@ from torch.utils.hooks import RemovableHandle
 from weightlab.adapters._peft import TrainerCallback
 from weightlab.adapters.low_rank import Factors, LowRankLayer, low_rank_weight
 from weightlab.adapters.registration import register
-from weightlab.adapters.tuner import AdapterConfig, AdapterModel, check, is_rank
+from weightlab.adapters.tuner import AdapterConfig, AdapterModel, check
+from weightlab.linalg.singular_triples import SVDMethod, top_svd
 
 Mode = Literal["coupled", "decoupled"]
 Reduction = Literal["mean", "sum"]
 Residual = Literal["exact", "in_place"]
-Svd = Literal["full", "randomized"]
 
 
 @dataclass
@@ -49,8 +49,8 @@ class SorsaConfig(AdapterConfig):
         residual: `"exact"` subtracts the start in the forward, at the price of one more product of rank r; `"in_place"`
             lets the base layer hold W minus the start while the adapter is active, rounded to its dtype, as the official
             code does, and keeps W aside to restore it bit for bit.
-        svd: `"full"`, or `"randomized"` for large weights. In float32 always.
-        svd_niter: Power iterations of the randomized decomposition.
+        svd: Method of `weightlab.linalg.top_svd`: `"auto"`, `"full"` or `"randomized"`. In float32 at least, whatever the
+            base.
 
     Raises:
         ValueError: If a field is out of range, or later, if r exceeds a weight's rank or a weight is not finite.
@@ -81,14 +81,12 @@ class SorsaConfig(AdapterConfig):
     reg_power: int = 1
     reg_reduction: Reduction = "mean"
     residual: Residual = "exact"
-    svd: Svd = "full"
-    svd_niter: int = 4
+    svd: SVDMethod = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check(f"alpha={self.alpha!r}", self.alpha is None or self.alpha > 0, "above 0, or None")
-        check(f"svd_niter={self.svd_niter!r}", is_rank(self.svd_niter + 1), "an integer of at least 0")
-        for name, choices in (("residual", get_args(Residual)), ("svd", get_args(Svd))):
+        for name, choices in (("residual", get_args(Residual)), ("svd", get_args(SVDMethod))):
             value = getattr(self, name)
             check(f"{name}={value!r}", value in choices, f"one of {', '.join(choices)}")
         Regularization(self.gamma, self.reg_mode, self.reg_power, self.reg_reduction).validate("reg_")
@@ -137,11 +135,11 @@ class SorsaLayer(LowRankLayer):
 
     def initial_factors(self, name: str, config: SorsaConfig, r: int) -> Factors:
         """Decompose the weight."""
-        return leading_triples(self.start_matrix(), r, config.svd, config.svd_niter)
+        triples = top_svd(self.start_matrix(), r, config.svd)
+        return Factors(triples.U, triples.S, triples.Vh)
 
-    def prepare(self, names: Any) -> None:
+    def place_base(self, names: Sequence[str]) -> None:
         """Let the base layer hold its residual exactly while an in-place adapter is used."""
-        super().prepare(names)
         active = [name for name in names if self.in_place[name]]
         key = tuple((name, *((id(f), f._version) for f in self._initial_tensors(name))) for name in active)
         if key == self._residual_of:
@@ -170,31 +168,6 @@ class SorsaModel(AdapterModel):
 
     prefix = "sorsa_"
     tuner_layer_cls = SorsaLayer
-
-
-def leading_triples(matrix: Tensor, r: int, svd: Svd = "full", niter: int = 4) -> Factors:
-    """Compute the r leading singular triples of a matrix.
-
-    Args:
-        matrix: (out, in), float32 or float64.
-        r: At most min(out, in).
-        svd: `"full"`, or `"randomized"`: a range finder with 16 further columns.
-        niter: Power iterations of the latter.
-
-    Returns:
-        L (out, r) with orthonormal columns, s (r,) falling, R (r, in) with orthonormal rows.
-
-    Example:
-        >>> leading_triples(torch.diag(torch.tensor([1.0, 3.0, 2.0])), 2).values
-        tensor([3., 2.])
-    """
-    if svd == "full":
-        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-        return Factors(left[:, :r], values[:r], right[:r])
-    with torch.random.fork_rng(devices=[matrix.device] if matrix.is_cuda else []):
-        torch.manual_seed(0)
-        left, values, right = torch.svd_lowrank(matrix, q=min(r + 16, *matrix.shape), niter=niter)
-    return Factors(left[:, :r], values[:r], right[:, :r].mT)
 
 
 def orthonormality(rows: Tensor, power: int = 1) -> Tensor:

@@ -36,7 +36,8 @@ A method file brings a config, a layer and a model, names the three in `registra
 * `delta_weight(name)`: ΔW, (out, in), in the adapter's dtype, including the scale.
 * optionally `adapt(name, x, result)`: `result` plus the adapter's share of the output, for an `x` after dropout
   (default: by `delta_weight`). Dtypes: see `compute_dtype`.
-* optionally `prepare(names)`, called before every forward with the adapters that it will use.
+* optionally `prepare(names)`, called before every forward with the adapters that it will use; and
+  `place_base(names)`, called then and before merging (with none), to put another weight into the base by `hold`.
 * optionally, for an update that depends on the weight: `is_additive(name)` False, and `effective_weight(name, weight)`
   the new matrix from one of shape (out, in) that earlier active adapters may have changed. Default:
   `weight + delta_weight(name)`. `adapted(names, x, ...)` then computes the layer from that weight; override it where a
@@ -347,12 +348,16 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         else:
             names = [name for name in self.active_adapters if self.has_adapter(name)]
         self.prepare(names)
+        self.place_base(names)
         if not names:
             return self.base_layer(x, *args, **kwargs)
         return self.adapted(names, x, *args, **kwargs)
 
     def prepare(self, names: Sequence[str]) -> None:
         """Called before every forward with the adapters it will use."""
+
+    def place_base(self, names: Sequence[str]) -> None:
+        """Let the base layer hold what it should while these adapters are used."""
 
     def adapted(self, names: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Compute the layer with some adapters, in order."""
@@ -387,7 +392,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if self.has_adapter(name)]
         if not names:
             return
-        self.prepare([])
+        self.place_base([])
         with torch.no_grad():
             matrix = self.base_matrix()
             for name in [*self.merged_adapters, *names]:
@@ -411,19 +416,16 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         """Switch the adapters on or off."""
         super().enable_adapters(enabled)
         if not enabled and not self.merged:
-            self.prepare([])
+            self.place_base([])
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter; what else is merged stays merged."""
-        merged = list(self.merged_adapters)
-        if adapter_name in merged:
-            self.unmerge()
+        """Remove an adapter that is not merged."""
         super().delete_adapter(adapter_name)
         self.ranks.pop(adapter_name, None)
-        self.dropouts.pop(adapter_name) if adapter_name in self.dropouts else None
-        self.prepare([])
-        if adapter_name in merged and len(merged) > 1:
-            self.merge(adapter_names=[name for name in merged if name != adapter_name])
+        if adapter_name in self.dropouts:
+            del self.dropouts[adapter_name]
+        if not self.merged:
+            self.place_base([])
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
