@@ -369,7 +369,9 @@ def _beats_random(ctx: ClaimContext) -> ClaimResult:
     found = {
         task: _compare(report, tasks.get(task), "orthonormal rows", "EVA") for task, report in reports.items()
     }
-    verdicts = {task: judge_better(each.early_interval, each.final_interval) for task, each in found.items()}
+    verdicts: dict[str, Verdict] = {
+        task: judge_better(each.early_interval, each.final_interval) for task, each in found.items()
+    }
     decisive = max(found, key=lambda task: found[task].early)
     parts = [
         f"on {task} early loss {_percent(each.early, each.early_interval)}, final score worse by "
