@@ -25,6 +25,7 @@ class Method(NamedTuple):
 METHODS = (
     Method("bone", "BoneConfig", "BoneModel"),
     Method("sorsa", "SorsaConfig", "SorsaModel"),
+    Method("svfit", "SvfitConfig", "SvfitModel"),
 )
 
 _lock = threading.RLock()
