@@ -25,7 +25,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from weightlab.adapters import BoneConfig, SorsaConfig
+from weightlab.adapters import BoneConfig, SorsaConfig, SvfitConfig
 from weightlab.adapters.tuner import AdapterLayer
 
 # PEFT reads an attribute that transformers has renamed.
@@ -39,6 +39,8 @@ METHODS: dict[str, Make] = {
     "bone additive": lambda **k: BoneConfig(**{"r": 4, "variant": "additive"} | k),
     "sorsa": lambda **k: SorsaConfig(r=4, alpha=6, **k),
     "sorsa in place": lambda **k: SorsaConfig(r=4, residual="in_place", **k),
+    "svfit": lambda **k: SvfitConfig(r=4, **k),
+    "svfit relative": lambda **k: SvfitConfig(r=7, relative=True, **k),
 }
 # Methods whose update is of low rank, so that to_lora() is exact.
 LOW_RANK = [name for name in METHODS if name.startswith(("sorsa", "svfit", "bone additive"))]
