@@ -175,6 +175,19 @@ class TestLayers:
         assert ranks == {"embed": 4, "linear": 4, "conv1d": 2, "conv2d": 4}
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo does
+@pytest.mark.parametrize("variant", ["affine", "additive"])
+def test_compiles_without_graph_breaks(variant: str):
+    net = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8))
+    model = get_peft_model(net, BoneConfig(r=4, variant=variant, target_modules=["0", "2"])).base_model.model
+    shake(model)
+    x, trained = torch.randn(5, 8), [p for p in model.parameters() if p.requires_grad]
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    expected = torch.autograd.grad(model(x).square().sum(), trained)
+    for a, b in zip(torch.autograd.grad(compiled(x).square().sum(), trained), expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 class TestPeers:
     @pytest.mark.parametrize(("variant", "init"), [("affine", "bat"), ("additive", True), ("mini", "mini")])
     def test_computes_what_peft_does(self, variant: str, init: str | bool):
