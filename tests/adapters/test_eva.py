@@ -12,6 +12,7 @@ from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model, initialize_lo
 from peft.tuners.lora import LoraLayer  # noqa: E402
 
 from weightlab.adapters import eva_init_  # noqa: E402
+from weightlab.adapters.eva import _mask  # noqa: E402
 from weightlab.linalg import StreamingMoments  # noqa: E402
 
 HIDDEN, LAYERS = 16, 2
@@ -310,6 +311,15 @@ def test_padding_and_masked_labels_do_not_count():
     masked, cut = (eva(lora(net()), data).eva_state_dict for data in (pairs, [x[:12] for x in vectors()]))
     for name, rows in masked.items():
         torch.testing.assert_close(rows, cut[name])
+
+
+def test_labels_of_other_positions_mask_nothing():
+    attention = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    examples = _mask({"attention_mask": attention, "labels": torch.tensor([-100, 2])}, -100)
+    assert torch.equal(examples, torch.tensor([[False] * 3, [True] * 3]))
+    decoder = _mask({"attention_mask": attention, "labels": torch.full((2, 5), -100)}, -100)
+    assert torch.equal(decoder, attention.bool())
+    assert _mask({"labels": torch.tensor([0.5])}, -100) is None
 
 
 class TestExchange:

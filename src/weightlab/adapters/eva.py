@@ -321,7 +321,9 @@ def _mask(batch: Any, label_mask: int | None) -> Tensor | None:
         counted = labels != label_mask
         if mask is None:
             return counted
-        return mask & (counted[:, None] if counted.ndim == 1 else counted)
+        counted = counted[:, None] if counted.ndim == 1 else counted
+        # Labels of a decoder are no labels of the encoder's positions.
+        return mask & counted if counted.shape in (mask.shape, (len(mask), 1)) else mask
     return mask
 
 
