@@ -90,6 +90,7 @@ class TestArms:
     def test_all_are_tuned_alike(self):
         assert len({str(paper._arm(name).search_space) for name in RANKS}) == 1
         assert len({paper._arm(name).optimizer for name in RANKS}) == 1
+        assert {paper._arm(name).defaults["weight_decay"] for name in RANKS} == {0.0}
 
 
 class TestControls:

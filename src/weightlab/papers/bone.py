@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +12,6 @@ from weightlab.papers import trials
 from weightlab.papers.schema import Claim, ClaimContext, ClaimResult, Paper, Scale, Verdict
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from weightlab.trial.arm import Arm
     from weightlab.trial.result import SeedRun
 
@@ -105,41 +102,16 @@ class _Outcome:
 
 
 def _arm(name: str) -> Arm:
-    """Build an arm at the rank it has here: both hidden layers adapted, all else frozen, the learning rate tuned."""
+    """Take a registered arm at the rank it has here, without weight decay, so that only its learning rate is tuned."""
     from weightlab.trial import registry
-    from weightlab.trial.arm import Arm
-    from weightlab.trial.arms.bone_controls import SPACE, adamw_on_trained
 
-    defaults = {"r": RANKS[name]}
-    if name in (GUIDE_ONLY, RANDOM_GUIDE):
-        arm = registry.arm(name)
-        return replace(arm, name=f"{name} (r {RANKS[name]})", defaults={**arm.defaults, **defaults})
-    return Arm(
-        name=f"{name} (r {RANKS[name]})",
-        optimizer=adamw_on_trained,
-        transform=functools.partial(_adapt, name),
-        search_space=SPACE,
-        defaults=defaults,
-        requires=("peft",),
+    arm = registry.arm(name)
+    return replace(
+        arm,
+        name=f"{name} (r {RANKS[name]}, no decay)",
+        search_space={"lr": arm.search_space["lr"]},
+        defaults={**arm.defaults, "r": RANKS[name], "weight_decay": 0.0},
     )
-
-
-def _adapt(name: str, model: nn.Module, hyperparameters: Mapping[str, Any]) -> nn.Module:
-    """Put an adapter on all linear layers but the last."""
-    from peft import LoraConfig, get_peft_model
-    from torch import nn
-
-    from weightlab.adapters import BoneConfig
-
-    r = hyperparameters["r"]
-    linear = [key for key, module in model.named_modules() if isinstance(module, nn.Linear)]
-    configs = {
-        AFFINE: lambda **k: BoneConfig(r=r, **k),
-        ADDITIVE: lambda **k: BoneConfig(r=r, variant="additive", **k),
-        LORA: lambda **k: LoraConfig(r=r, lora_alpha=r, **k),
-        PISSA: lambda **k: LoraConfig(r=r, lora_alpha=r, init_lora_weights="pissa", **k),
-    }
-    return get_peft_model(model, configs[name](target_modules=linear[:-1]))
 
 
 def _train(ctx: ClaimContext) -> _Outcome:

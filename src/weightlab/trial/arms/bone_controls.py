@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from optuna.distributions import FloatDistribution
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.optim import AdamW, Optimizer
 
 from weightlab.adapters.block_affine import block_shape, bone_delta
 from weightlab.trial.arm import Arm, Hyperparameters
+from weightlab.trial.arms._adaptation import Transform, adamw_on_trained, freezing, hidden_linears
+from weightlab.trial.arms.adapters import FIXED, LOW_RANK
 
 
 class GuidedBlocks(nn.Module):
@@ -38,16 +36,14 @@ class GuidedBlocks(nn.Module):
         return updated if self.plain else updated - bone_delta(torch.zeros_like(self.guide), self.blocks)
 
 
-def _guided(plain: bool) -> Any:
-    def transform(model: nn.Module, hyperparameters: Hyperparameters) -> nn.Module:
-        model.requires_grad_(False)
-        layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
-        for layer in layers[:-1]:
+def _guided(plain: bool) -> Transform:
+    def change(model: nn.Module, hyperparameters: Hyperparameters) -> nn.Module:
+        for layer in hidden_linears(model).values():
             blocks = GuidedBlocks(layer.weight, hyperparameters["r"], plain)
             parametrize.register_parametrization(layer, "weight", blocks)
         return model
 
-    return transform
+    return freezing(change)
 
 
 def randomize_guides(model: nn.Module, hyperparameters: Hyperparameters, generator: torch.Generator) -> None:
@@ -59,33 +55,24 @@ def randomize_guides(model: nn.Module, hyperparameters: Hyperparameters, generat
             module.guide.copy_(drawn * (norm / drawn.norm()))
 
 
-def adamw_on_trained(model: nn.Module, hyperparameters: Hyperparameters) -> Optimizer:
-    """Build AdamW on what trains, without weight decay."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return AdamW(trained, lr=hyperparameters["lr"], weight_decay=0.0, betas=(0.9, 0.95), foreach=True)
-
-
-SPACE = {"lr": FloatDistribution(5e-4, 5e-2, log=True)}
-DEFAULTS = {"lr": 3e-3, "r": 8}
-
 ARMS = (
     Arm(
         name="bone-guide-only",
         optimizer=adamw_on_trained,
         transform=_guided(plain=False),
-        search_space=SPACE,
-        defaults=DEFAULTS,
+        search_space=LOW_RANK,
+        defaults={**FIXED, "lr": 3e-3, "r": 8},
         paper="bone",
-        description="Bone, affine, without the plain term: blocks become W + W D",
+        description="Bone without the plain term: blocks of side 8 become W + W D",
     ),
     Arm(
         name="bone-random-guide",
         optimizer=adamw_on_trained,
         transform=_guided(plain=True),
         init=randomize_guides,
-        search_space=SPACE,
-        defaults=DEFAULTS,
+        search_space=LOW_RANK,
+        defaults={**FIXED, "lr": 3e-3, "r": 8},
         paper="bone",
-        description="Bone, affine, guided by a random matrix R of W's norm: blocks become W + R D + D",
+        description="Bone guided by a random matrix R of W's norm: blocks of side 8 become W + R D + D",
     ),
 )
