@@ -28,7 +28,7 @@ from weightlab.adapters._peft import (
     PeftModel,
     get_pattern_key,
 )
-from weightlab.adapters.finetune_hub import first_line, hub_answers, local_copy
+from weightlab.adapters.finetune.hub import first_line, hub_answers, local_copy
 from weightlab.adapters.lora_layers import PEFT_PREFIX
 from weightlab.adapters.merging import concatenated_config, shared_directions, tied_to
 from weightlab.adapters.orthogonal import parse_metadata
@@ -150,7 +150,7 @@ def command(
     paths: Sequence[str], out: str, *, console: Console, quiet: bool = False, **settings: Any
 ) -> dict[str, Any]:
     """Run `merge_files` with a bar and warnings on a console; nothing of either if `quiet`."""
-    from weightlab.adapters.finetune_model import quiet_libraries
+    from weightlab.adapters.finetune.model import quiet_libraries
 
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with quiet_libraries(), Progress(*columns, console=console, disable=quiet, transient=True) as bar:
