@@ -69,7 +69,7 @@ class ActivationPCA:
     """Gather principal components of the inputs of layers while a model runs.
 
     A context manager: inside, layers carry hooks and the model is in evaluation mode; when it is left,
-    normally or by an exception, hooks are gone and every module's training flag is back. Statistics stay, and
+    normally or by an exception, hooks and mask are gone and every module's training flag is back. Statistics stay, and
     entering again adds to them. Every position of an input is a row of its own, unless `mask` drops it.
 
     Layers that are fed the same tensor, as queries, keys and values are, share one state. They are found by
@@ -189,11 +189,14 @@ class ActivationPCA:
         for undo in self._undo:
             undo()
         self._undo.clear()
-        if kind is None:
+        self._mask = None
+        try:
+            if kind is None:
+                for group in self._groups:
+                    group.check_round()
+        finally:
             for group in self._groups:
-                group.check_round()
-        for group in self._groups:
-            group.tensor, group.called = None, set(group.members)
+                group.tensor, group.called = None, set(group.members)
 
     def components(self) -> Components:
         """Return the components of every layer; layers that share an input share the tensors.
@@ -290,7 +293,6 @@ class ActivationPCA:
                     if self._enough() and self.converged(tau, needed(self.components()) if needed else None):
                         converged = True
                         break
-        self.mask = None
         if done == 0:
             raise ValueError("batches is empty; give at least one batch")
         return Pass(done, converged)
