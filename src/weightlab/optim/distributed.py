@@ -279,7 +279,8 @@ class Sharing:
             for p in new:
                 layout = self._layouts[p] = layout_of(p, _label(group, p), self._process_group)
                 cost = self._optimizer.cost(p.shape, group)
-                if layout.shards is not None or (layout.replicas is not None and cost > 0):
+                # On a mesh of one rank as well: a step in one process knows nothing of DTensors.
+                if isinstance(p, DTensor) or (layout.replicas is not None and cost > 0):
                     shared.append(([p], cost))
             if shared and self._optimizer.keeps_group_together(group):
                 if len({(self._layouts[p].key, p.dtype) for p in new}) > 1:
