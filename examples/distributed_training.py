@@ -5,6 +5,7 @@ torchrun --nproc-per-node 1 examples/distributed_training.py --checkpoint /tmp/d
 """
 
 import argparse
+import gc
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
@@ -46,8 +48,13 @@ def main() -> None:
     )
     args = parser.parse_args()
 
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
     dist.init_process_group()  # gloo for tensors on the CPU, nccl for those on GPUs
+    train(args)
+    leave()
+
+
+def train(args: argparse.Namespace) -> None:
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
     rank, ranks = dist.get_rank(), dist.get_world_size()
     if device.type != "cpu":
         torch.accelerator.set_device_index(rank % torch.accelerator.device_count())
@@ -86,7 +93,13 @@ def main() -> None:
         parts = get_state_dict(model, optimizer)
         saved = {"model": parts[0], "optimizer": parts[1]}
         save(saved, checkpoint_id=args.checkpoint / str(args.steps))
+
+
+def leave() -> None:
+    """Leave no thread of gloo behind: one that still holds tensors when Python shuts down aborts the process."""
     dist.barrier()  # Nobody leaves while another still talks to it.
+    gc.collect()  # Sharded modules refer to themselves,
+    _clear_sharding_prop_cache()  # and this cache to their mesh, which keeps the group alive.
     dist.destroy_process_group()
 
 

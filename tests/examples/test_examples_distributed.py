@@ -53,14 +53,8 @@ def figures(output):
 
 def test_example_goes_on_from_a_sharded_checkpoint_in_one_process(tmp_path, monkeypatch, capsys):
     pytest.importorskip("sklearn")
-    for checkpoint in (tmp_path / "digits", tmp_path / "again"):
-        try:
-            first = torchrun(2, "--shard", "--checkpoint", checkpoint, "--steps", 60)
-            break
-        except AssertionError as error:
-            # PyTorch's own threads now and then abort a process that has finished and is on its way out.
-            if "terminate called without an active exception" not in str(error) or checkpoint.name == "again":
-                raise
+    checkpoint = tmp_path / "digits"
+    first = torchrun(2, "--shard", "--checkpoint", checkpoint, "--steps", 60)
     assert first[:3] == [0, 60, 2]
     resumed = alone(monkeypatch, capsys, "--checkpoint", checkpoint, "--steps", 200)
     assert resumed[:3] == [60, 200, 1]
