@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
 
 from weightlab.linalg import qr_factor, sinkhorn_normalize
+from weightlab.linalg.native_dtype import has_native_bfloat16
 from weightlab.optim import ARO, MatrixOptimizer
 
 MATRICES = [(512, 512), (512, 512), (512, 1024), (1024, 512), (1024, 1024)]
@@ -83,7 +84,13 @@ def measure(
     shapes: Sequence[tuple[int, int]], threads: int, rounds: int, device: str, clock: str
 ) -> dict[str, dict[str, float]]:
     torch.set_num_threads(threads)
-    optimizers = {name: build(make, shapes, device) for name, make in CONTENDERS.items()}
+    # PyTorch's Muon computes in bfloat16: many seconds a step where the device has to emulate it.
+    native = has_native_bfloat16(torch.device(device))
+    optimizers = {
+        name: build(make, shapes, device)
+        for name, make in CONTENDERS.items()
+        if native or name != "torch.optim.Muon"
+    }
     for name, optimizer in optimizers.items():
         for _ in range(CYCLE if name == "ARO every 5" else 1):  # sets up state, and ends a cycle
             optimizer.step()
