@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from dataclasses import dataclass
@@ -15,8 +14,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from weightlab.papers.adaptation import Adaptation
     from weightlab.tasks.base import Task
-    from weightlab.trial.result import SeedRun, TrialReport
 
 PAPER = Paper(
     number=14,
@@ -65,7 +64,6 @@ PAPER = Paper(
 
 RANK = 8
 SHARE = 0.9
-EARLY = 0.25
 GAIN = 0.02
 ARMS = {
     "LoRA": "lora",
@@ -240,13 +238,6 @@ def _gradient_signal(ctx: ClaimContext) -> ClaimResult:
     )
 
 
-def early_loss(run: SeedRun) -> float:
-    """Mean training loss of the first quarter of the steps: the area under its curve there; inf if it has none."""
-    points = [point for point in run.curve if point.train_loss is not None]
-    share = [point.train_loss for point in points if point.step <= EARLY * points[-1].step]
-    return statistics.fmean(loss for loss in share if loss is not None) if share else math.inf
-
-
 def judge_better(early: tuple[float, float], final: tuple[float, float]) -> Verdict:
     """Judge "the loss falls faster and ends no worse".
 
@@ -273,26 +264,16 @@ def judge_all(verdicts: Sequence[Verdict]) -> Verdict:
     return "inconclusive" if "inconclusive" in verdicts else "held"
 
 
-@dataclass(frozen=True)
-class _Comparison:
-    """Two arms on a task: means and intervals of the differences, second minus first."""
-
-    early: float
-    early_interval: tuple[float, float]
-    final: float
-    final_interval: tuple[float, float]
-
-
-def _train(ctx: ClaimContext) -> dict[str, TrialReport]:
+def _train(ctx: ClaimContext) -> dict[str, Adaptation]:
     """Train every arm on every task; a second call reads the store."""
-    from weightlab.papers import trials
+    from weightlab.papers.adaptation import adapt
 
     sizes = SIZES[ctx.scale]
     return {
-        task: trials.run_trial(
+        task: adapt(
             ctx,
             task,
-            list(ARMS.values()),
+            ARMS,
             tune=size.tune,
             seeds=size.seeds,
             steps=size.steps,
@@ -303,55 +284,24 @@ def _train(ctx: ClaimContext) -> dict[str, TrialReport]:
     }
 
 
-def _compare(report: TrialReport, task: Task, first: str, second: str) -> _Comparison:
-    a, b = (report.arm(ARMS[name]).runs for name in (first, second))
-    early = [early_loss(y) / early_loss(x) - 1 for x, y in zip(a, b, strict=True)]
-    sign = 1 if task.mode == "min" else -1
-    final = [sign * (y.score - x.score) / task.minimal_effect for x, y in zip(a, b, strict=True)]
-    return _Comparison(statistics.fmean(early), interval(early), statistics.fmean(final), interval(final))
+def relative(first: Sequence[float], second: Sequence[float]) -> tuple[float, tuple[float, float]]:
+    """Mean of second over first, less one, paired by seed, and its 95 % interval.
+
+    Example:
+        >>> relative([1.0, 2.0], [1.5, 3.0])
+        (0.5, (0.5, 0.5))
+    """
+    changes = [b / a - 1 for a, b in zip(first, second, strict=True)]
+    return statistics.fmean(changes), interval(changes)
 
 
-def _rows(reports: dict[str, TrialReport]) -> list[dict[str, Any]]:
-    """Every arm on every task."""
-    return [
-        {
-            "task": task,
-            "rows of A": name,
-            "learning rate": f"{arm.hyperparameters['lr']:.2g}{' (edge)' if arm.edges else ''}",
-            "early training loss": statistics.fmean(map(early_loss, arm.runs)),
-            "final score": arm.mean,
-        }
-        for task, report in reports.items()
-        for name, slug in ARMS.items()
-        for arm in [report.arm(slug)]
-    ]
+def _final(found: Adaptation, slug: str, first: str, second: str) -> tuple[float, tuple[float, float]]:
+    """Second final score minus the first, in the task's minimal effects."""
+    from weightlab import tasks
 
-
-def _figure(report: TrialReport) -> dict[str, Any]:
-    """Training losses of all arms on a task."""
-    from weightlab.papers.figure import rounded
-
-    series = []
-    for name, slug in ARMS.items():
-        points = list(zip(*(run.curve[1:] for run in report.arm(slug).runs), strict=False))
-        losses = [[point.train_loss for point in at_step if point.train_loss] for at_step in points]
-        series.append(
-            {
-                "name": name,
-                "x": [at_step[0].step for at_step in points],
-                "y": rounded(map(statistics.fmean, losses)),
-                "low": rounded(map(min, losses)),
-                "high": rounded(map(max, losses)),
-            }
-        )
-    return {
-        "title": f"Training loss on {report.task}",
-        "x_label": "training step",
-        "y_label": "mean training loss since the point before",
-        "log_x": False,
-        "log_y": True,
-        "series": series,
-    }
+    effect = tasks.get(slug).minimal_effect
+    mean, (low, high) = found.difference(second, first)
+    return mean / effect, (low / effect, high / effect)
 
 
 def _percent(value: float, bounds: tuple[float, float]) -> str:
@@ -363,77 +313,76 @@ def _times(value: float, bounds: tuple[float, float]) -> str:
 
 
 def _beats_random(ctx: ClaimContext) -> ClaimResult:
-    from weightlab import tasks
-
-    reports = _train(ctx)
-    found = {
-        task: _compare(report, tasks.get(task), "orthonormal rows", "EVA") for task, report in reports.items()
-    }
-    verdicts: dict[str, Verdict] = {
-        task: judge_better(each.early_interval, each.final_interval) for task, each in found.items()
-    }
-    decisive = max(found, key=lambda task: found[task].early)
-    parts = [
-        f"on {task} early loss {_percent(each.early, each.early_interval)}, final score worse by "
-        f"{_times(each.final, each.final_interval)}: {verdicts[task]}"
-        for task, each in found.items()
-    ]
+    trained = _train(ctx)
+    parts: list[str] = []
+    verdicts: list[Verdict] = []
+    early: dict[str, tuple[float, tuple[float, float]]] = {}
+    for slug, found in trained.items():
+        first, second = (found.outcomes[name].first for name in ("orthonormal rows", "EVA"))
+        early[slug], final = relative(first, second), _final(found, slug, "orthonormal rows", "EVA")
+        verdicts.append(judge_better(early[slug][1], final[1]))
+        parts.append(
+            f"on {slug} early loss {_percent(*early[slug])}, final score worse by {_times(*final)}: {verdicts[-1]}"
+        )
+    decisive = max(early, key=lambda slug: early[slug][0])
     return ClaimResult(
-        verdict=judge_all(list(verdicts.values())),
+        verdict=judge_all(verdicts),
         measured=f"EVA against random orthonormal rows, each tuned: {'; '.join(parts)}.",
-        value=found[decisive].early,
-        interval=found[decisive].early_interval,
-        figure=_figure(reports[decisive]),
-        table=_rows(reports),
-        cost=sum(report.seconds for report in reports.values()),
-        seeds=range(max(size.seeds for size in SIZES[ctx.scale].values())),
+        value=early[decisive][0],
+        interval=early[decisive][1],
+        figure=trained[decisive].figure(),
+        table=[
+            {"task": slug, **row}
+            for slug, found in trained.items()
+            for row in _table(found, "orthonormal rows")
+        ],
+        cost=sum(found.cost for found in trained.values()),
+        seeds=max((found.seeds for found in trained.values()), key=len),
     )
 
 
-def _parameters(task: Task, arm: str, seed: int) -> int:
-    """Trained parameters of a run of an arm, set up as the run does."""
-    import torch
-
-    from weightlab.trial import registry
-    from weightlab.trial.hashing import derive_seed
-    from weightlab.trial.runner import endless
-
-    chosen = registry.arm(arm)
-    assert chosen.transform is not None
-    assert chosen.prepare is not None
-    model = task.build(torch.Generator().manual_seed(derive_seed(seed, "weights")))
-    model = chosen.transform(model, chosen.defaults)
-    batches = endless(task, torch.Generator().manual_seed(derive_seed(seed, "prepare")))
-    chosen.prepare(model, chosen.defaults, batches, task.loss)
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+def _table(found: Adaptation, baseline: str) -> list[dict[str, Any]]:
+    """A row for each arm, without what differs between tasks."""
+    columns = ("arm", "trained", "learning rate", "at an edge", "loss, first quarter", "loss, second half")
+    scores = {name: statistics.fmean(outcome.scores) for name, outcome in found.outcomes.items()}
+    return [
+        {**{column: row[column] for column in columns}, "final score": scores[row["arm"]]}
+        for row in found.table(baseline)
+    ]
 
 
 def _cheaper(ctx: ClaimContext) -> ClaimResult:
     from weightlab import tasks
+    from weightlab.papers.adaptation import trained_parameters
+    from weightlab.trial import registry
 
-    sizes, reports = SIZES[ctx.scale], _train(ctx)
+    trained = _train(ctx)
     parts: list[str] = []
     rows: list[dict[str, Any]] = []
     verdicts: list[Verdict] = []
     saved: dict[str, tuple[float, tuple[float, float]]] = {}
-    for slug, report in reports.items():
-        task, size = tasks.get(slug), sizes[slug]
-        each = _compare(report, task, "EVA", "EVA, rho 2")
+    for slug, found in trained.items():
         counts = {
-            name: [_parameters(task, ARMS[name], seed) for seed in range(size.seeds)]
+            name: [
+                float(trained_parameters(tasks.get(slug), registry.arm(ARMS[name]), {}, seed))
+                for seed in found.seeds
+            ]
             for name in ("EVA", "EVA, rho 2")
         }
-        ratios = [two / one - 1 for one, two in zip(*counts.values(), strict=True)]
-        saved[slug] = (statistics.fmean(ratios), interval(ratios))
-        verdicts.append(judge_cheaper(saved[slug][1], each.final_interval))
+        saved[slug] = relative(counts["EVA"], counts["EVA, rho 2"])
+        final = _final(found, slug, "EVA", "EVA, rho 2")
+        verdicts.append(judge_cheaper(saved[slug][1], final[1]))
         parts.append(
-            f"on {slug} parameters {_percent(*saved[slug])}, final score worse by "
-            f"{_times(each.final, each.final_interval)}: {verdicts[-1]}"
+            f"on {slug} parameters {_percent(*saved[slug])}, final score worse by {_times(*final)}: {verdicts[-1]}"
         )
         rows += [
-            {"task": slug, "rho": rho, "parameters": statistics.fmean(counts[name]), "final score": mean}
+            {
+                "task": slug,
+                "rho": rho,
+                "parameters": statistics.fmean(counts[name]),
+                "final score": statistics.fmean(found.outcomes[name].scores),
+            }
             for rho, name in ((1, "EVA"), (2, "EVA, rho 2"))
-            for mean in [report.arm(ARMS[name]).mean]
         ]
     decisive = max(saved, key=lambda slug: saved[slug][0])
     return ClaimResult(
@@ -442,8 +391,8 @@ def _cheaper(ctx: ClaimContext) -> ClaimResult:
         value=saved[decisive][0],
         interval=saved[decisive][1],
         table=rows,
-        cost=sum(report.seconds for report in reports.values()),
-        seeds=range(max(size.seeds for size in sizes.values())),
+        cost=sum(found.cost for found in trained.values()),
+        seeds=max((found.seeds for found in trained.values()), key=len),
     )
 
 
@@ -462,7 +411,7 @@ CLAIMS: tuple[Claim, ...] = (
         name="beats-random-rows",
         statement="Started from the leading components, LoRA's loss falls faster than from random orthonormal rows, "
         "and it ends no worse.",
-        threshold=f"Mean training loss over the first {EARLY:.0%} of steps, relative, and final score, in the task's "
+        threshold=f"Mean training loss over the first quarter of steps, relative, and final score, in the task's "
         "minimal effects, EVA (rho 1) minus random orthonormal rows, paired by seed, each at the best of as many "
         f"points of learning rate and weight decay. Held if on both tasks the 95 % intervals lie below -{GAIN:.0%} and below 1; not held if on "
         f"one the first lies above -{GAIN:.0%} or the second above 1.",
