@@ -23,7 +23,7 @@ class TuningPoint:
 
 @dataclass(frozen=True)
 class SeedRun:
-    """One report run of an arm: its seed, score on the test split and learning curve."""
+    """One report run of an arm: its seed, score on the test split, learning curve, and all final metrics."""
 
     seed: int
     score: float
@@ -31,6 +31,7 @@ class SeedRun:
     curve: Sequence[CurvePoint] = ()
     train_seconds: float | None = None
     error: str | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -436,7 +436,7 @@ class Trial:
         plan = self.plan
         seed_runs = {
             name: [
-                SeedRun(r.spec.seed, self.score(r), r.status, r.curve, r.train_seconds, r.error)
+                SeedRun(r.spec.seed, self.score(r), r.status, r.curve, r.train_seconds, r.error, r.metrics)
                 for r in results
             ]
             for name, results in by_arm.items()
