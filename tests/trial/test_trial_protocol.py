@@ -157,7 +157,7 @@ def test_fresh_starts_over_and_keeps_history_and_other_trials(store):
 
 
 def test_failures_score_as_the_untrained_model_and_are_not_dropped(store):
-    unlucky = {derive_seed(seed, "training") for seed in (1, 4)}
+    unlucky = {derive_seed(seed, "set-up") for seed in (1, 4)}
 
     def breaks(model, hyperparameters):
         if torch.initial_seed() in unlucky:
