@@ -1,6 +1,6 @@
 """Adapt a language model in a plain PyTorch loop: python examples/adapt_causal_lm.py --method bone
 
-A tiny GPT-2 first learns the bytes of Python's language reference, then, with its weights frozen, to write it in
+A tiny Llama first learns the bytes of Python's language reference, then, with its weights frozen, to write it in
 capitals, by an adapter of few parameters. Nothing is downloaded. Takes half a minute.
 """
 
@@ -8,7 +8,7 @@ import argparse
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from weightlab.adapters import BoneConfig, SorsaConfig, SvfitConfig, sorsa_regularizer
 from weightlab.tasks.data import docs_text
@@ -58,13 +58,14 @@ def main() -> None:
 
     torch.manual_seed(0)
     text = docs_text()
-    base = GPT2LMHeadModel(
-        GPT2Config(
+    base = LlamaForCausalLM(
+        LlamaConfig(
             vocab_size=256,
-            n_positions=CONTEXT,
-            n_embd=64,
-            n_layer=2,
-            n_head=4,
+            max_position_embeddings=CONTEXT,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
             bos_token_id=None,
             eos_token_id=None,
         )

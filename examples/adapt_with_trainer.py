@@ -1,6 +1,6 @@
 """Adapt a language model with transformers' Trainer: python examples/adapt_with_trainer.py --method eva
 
-Any causal language model that is a folder or on the Hub: --model FOLDER --text FILE. Without these, a tiny GPT-2 with
+Any causal language model that is a folder or on the Hub: --model FOLDER --text FILE. Without these, a tiny Llama with
 random weights reads the bytes of Python's language reference, and nothing is downloaded.
 """
 
@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    GPT2Config,
-    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     Trainer,
     TrainingArguments,
 )
@@ -32,13 +32,14 @@ def load(options: argparse.Namespace) -> tuple[torch.nn.Module, torch.Tensor]:
         model = AutoModelForCausalLM.from_pretrained(options.model)
         tokens = torch.tensor(AutoTokenizer.from_pretrained(options.model)(text)["input_ids"])
     else:
-        model = GPT2LMHeadModel(
-            GPT2Config(
+        model = LlamaForCausalLM(
+            LlamaConfig(
                 vocab_size=256,
-                n_positions=CONTEXT,
-                n_embd=64,
-                n_layer=2,
-                n_head=4,
+                max_position_embeddings=CONTEXT,
+                hidden_size=64,
+                intermediate_size=128,
+                num_hidden_layers=2,
+                num_attention_heads=4,
                 bos_token_id=None,
                 eos_token_id=None,
             )
@@ -88,6 +89,7 @@ def main() -> None:
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
+            dataloader_pin_memory=torch.cuda.is_available(),
         ),
         train_dataset=train,
         eval_dataset=held_out,

@@ -97,7 +97,7 @@ def test_ctrl_c_says_how_to_go_on(run, monkeypatch):
     [
         (["--method", "pisa"], "did you mean pissa"),
         (["--set", "rho"], "--set 'rho' is not NAME=VALUE"),
-        (["--set", "lora_dropuot=1"], "did you mean 'lora_dropout'"),
+        (["--set", "lora_dropuot=1"], "did you mean lora_dropout"),
         (["--targets", "q_prj"], "did you mean q_proj"),
         (["--targets", ""], "no targets given"),
         (["--rank", "400"], "rank 400 is larger than"),

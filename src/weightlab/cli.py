@@ -64,6 +64,10 @@ class Order(StrEnum):
     status = "status"
 
 
+class _Stopped(Exception):
+    """Ctrl-C, with word of how to go on; of a KeyboardInterrupt typer keeps no message."""
+
+
 Debug = Annotated[
     bool, typer.Option("--debug", help="Show the full traceback of an error.", rich_help_panel="Output")
 ]
@@ -518,7 +522,10 @@ def adapt(
         as_lora=as_lora,
     )  # fmt: skip
     display = finetune.Display(quiet=as_json, console=stderr)
-    report = finetune.finetune(settings, resume=resume, force=force, display=display, command=_command())
+    try:
+        report = finetune.finetune(settings, resume=resume, force=force, display=display, command=_command())
+    except KeyboardInterrupt as error:
+        raise _Stopped(str(error)) from None
     if as_json:
         _print_json(report)
     else:
@@ -622,16 +629,17 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, 1 for a failure, 2 for a wrong request, 130 for Ctrl-C."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
-    stopped = "Stopped. Finished runs are kept; the same command continues."
 
     def say(text: str) -> None:
         stderr.print(text, markup=False, highlight=False, soft_wrap=True)
 
     try:
         code = typer.main.get_command(app).main(args=arguments, prog_name="weightlab", standalone_mode=False)
-    except (typer.Abort, KeyboardInterrupt) as error:
+    except _Stopped as stopped:
+        say(f"\n{stopped}")
+        return INTERRUPTED
+    except (typer.Abort, KeyboardInterrupt):
         code = INTERRUPTED
-        stopped = str(error.__cause__ or error) or stopped
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - whoever read our output is gone; say no more
         return 0
@@ -646,7 +654,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         say(f"Error: {type(error).__name__}: {_explain(error)} (unexpected; --debug shows where)")
         return 1
     if code == INTERRUPTED:
-        say(f"\n{stopped}")
+        say("\nStopped. Finished runs are kept; the same command continues.")
     return code if isinstance(code, int) else 0
 
 

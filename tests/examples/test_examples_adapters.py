@@ -19,10 +19,10 @@ def run(name, monkeypatch, capsys, *arguments):
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("method", ["lora", "bone", "sorsa", "svfit"])
+@pytest.mark.parametrize("method", ["bone", "sorsa", "svfit"])
 def test_the_plain_loop_adapts_saves_loads_and_merges(tmp_path, monkeypatch, capsys, method):
     out = tmp_path / "out"
-    told = run("adapt_causal_lm.py", monkeypatch, capsys, "--method", method, "--steps", 25, "--out", out)
+    told = run("adapt_causal_lm.py", monkeypatch, capsys, "--method", method, "--steps", 15, "--out", out)
     loss = {name: float(value) for name, value in re.findall(r"^(.*?): +loss ([\d.]+)$", told, re.MULTILINE)}
     assert loss["capitals after"] < loss["capitals before"]
     assert loss["adapter off"] == loss["capitals before"]
