@@ -96,7 +96,7 @@ def peak_bytes(call: Callable[[], object]) -> int:
     return peak
 
 
-def measure(case: str, threads: int, seconds: float) -> dict[str, dict[str, float]]:
+def measure(case: str, threads: int, rounds: int, clock: Callable[[], float]) -> dict[str, dict[str, float]]:
     torch.set_num_threads(threads)
     side, tokens = CASES[case]
     contenders = calls(side, tokens)
@@ -105,12 +105,11 @@ def measure(case: str, threads: int, seconds: float) -> dict[str, dict[str, floa
     outside = 2 * 4 * tokens * side
     buffers = {name: (peak_bytes(call) - outside) / (4 * side**2) for name, call in contenders.items()}
     times: dict[str, list[float]] = {name: [] for name in contenders}
-    end = time.perf_counter() + seconds
-    while len(times["Bone affine"]) < 5 or time.perf_counter() < end:
+    for _ in range(rounds):
         for name, call in contenders.items():
-            start = time.perf_counter()
+            start = clock()
             call()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(clock() - start)
     return {
         name: {
             "ms": 1e3 * statistics.median(column),
@@ -134,10 +133,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
 
+    clock = time.perf_counter if args.clock == "wall" else time.process_time
     results: list[dict[str, Any]] = []
     for case in args.cases:
         for threads in args.threads:
-            rows = measure(case, threads, args.seconds)
+            rows = measure(case, threads, args.rounds, clock)
             print(f"\n{case}, r {R}: forward and backward, {threads} thread(s)")
             print(f"{'':24}{'ms':>9}{'best ms':>9}{'x peer':>8}{'buffers':>9}  peer")
             for name, row in rows.items():
@@ -151,6 +151,7 @@ def main() -> None:
         facts = {
             "torch": torch.__version__,
             "peft": peft.__version__,
+            "clock": args.clock,
             "processor": platform.processor() or platform.machine(),
         }
         args.out.write_text(json.dumps({**facts, "results": results}, indent=2) + "\n")
