@@ -103,8 +103,8 @@ def merge_adapters(
     Raises:
         ValueError: For an unknown method; if there is no LoRA to merge, or one is unknown, is not additive
             (DoRA, variants, trained biases), brings `modules_to_save`, is merged already, or adapts a grouped
-            convolution; for ``"weights"`` over a quantised base or a tied weight; for ``"cat"`` if the name is taken. Nothing is
-            changed then.
+            convolution; for ``"weights"`` over a quantised base or a tied weight; for ``"cat"`` if the name is
+            taken. Nothing is changed then.
         TypeError: For ``"cat"``, if `model` is not a `PeftModel`.
 
     Complexity:
@@ -128,7 +128,10 @@ def merge_adapters(
     if method == "cat":
         _check_cat(model, adapter_name)
     _warn_of_overlap(model, layers, list(chosen))
-    ranks = {key: sum(len(factors(layer, name)[0]) for name in chosen if holds(layer, name)) for key, layer in layers.items()}  # fmt: skip
+    ranks = {
+        key: sum(len(factors(layer, name)[0]) for name in chosen if holds(layer, name))
+        for key, layer in layers.items()
+    }
     merge = Merge(chosen, method, len(layers), max(ranks.values()))
     if method == "cat":
         assert isinstance(model, PeftModel)
