@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -23,6 +23,19 @@ from weightlab.adapters import SorsaCallback, SorsaConfig, eva_init_, orthogonal
 from weightlab.tasks.data import docs_text
 
 CONTEXT = 64
+
+
+class Rows(Dataset[dict[str, torch.Tensor]]):
+    """Rows of tokens, each its own labels, as a causal language model wants them."""
+
+    def __init__(self, rows: torch.Tensor) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.rows[index], "labels": self.rows[index]}
 
 
 def load(options: argparse.Namespace) -> tuple[torch.nn.Module, torch.Tensor]:
@@ -59,8 +72,7 @@ def main() -> None:
 
     torch.manual_seed(0)
     base, rows = load(options)
-    data = [{"input_ids": row, "labels": row} for row in rows]
-    held_out, train = data[-64:], data[:-64]
+    train, held_out = Rows(rows[:-64]), Rows(rows[-64:])
 
     callbacks = []
     if options.method == "sorsa":

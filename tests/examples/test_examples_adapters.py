@@ -2,6 +2,7 @@
 
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -39,3 +40,30 @@ def test_the_trainer_adapts_and_saves(tmp_path, monkeypatch, capsys, method, kin
     before, after = map(float, re.search(r"loss: ([\d.]+) before, ([\d.]+) after", told).groups())
     assert after < before
     assert PeftConfig.from_pretrained(out).peft_type.value == kind
+
+
+def test_the_method_on_the_rooms_page_works(tmp_path):
+    page = (EXAMPLES.parent / "docs" / "rooms" / "adapters.md").read_text()
+    (code,) = [
+        block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "BottomConfig" in block
+    ]
+    check = f"""
+import sys
+{code}
+from peft import get_peft_model
+from weightlab.adapters import registration
+
+sys.modules["weightlab.adapters.bottom"] = sys.modules["__main__"]
+registration.METHODS = (registration.Method("bottom", "BottomConfig", "BottomModel"),)
+registration.register()
+base = torch.nn.Sequential(torch.nn.Linear(8, 6))
+x = torch.randn(3, 8)
+y = base(x)
+model = get_peft_model(base, BottomConfig(r=2, target_modules=["0"]))
+assert torch.equal(model(x), y)
+assert [p.numel() for p in model.parameters() if p.requires_grad] == [2]
+"""
+    file = tmp_path / "check.py"
+    file.write_text(check)
+    done = subprocess.run([sys.executable, str(file)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
