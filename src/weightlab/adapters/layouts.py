@@ -58,11 +58,12 @@ class EmbeddingLayout(LinearLayout):
         self.transposed = True
         self.shape = (base.embedding_dim, base.num_embeddings)
 
-    def apply(self, base: nn.Module, x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, base: Any, x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
         """Look the tokens up in `matrix`, times the factor that some models give their embedding."""
-        return F.embedding(x, matrix.mT) * getattr(base, "embed_scale", 1.0)
+        found = F.embedding(x, matrix.mT, base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq)
+        return found * getattr(base, "embed_scale", 1.0)
 
-    def project(self, base: nn.Module, x: Tensor, right: Tensor) -> Tensor:
+    def project(self, base: Any, x: Tensor, right: Tensor) -> Tensor:
         """Look the tokens up in `right` (r, tokens)."""
         return self.apply(base, x, right)
 

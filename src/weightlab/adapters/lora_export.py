@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -38,7 +39,8 @@ def to_lora(
 
     Raises:
         ValueError: If there is no such adapter.
-        TypeError: If an update is not of low rank.
+        TypeError: If an update is not of low rank, or the layer is a convolution of a kind that PEFT's LoRA gets wrong:
+            it ignores dilation and padding modes.
 
     Example:
         >>> from peft import get_peft_model
@@ -96,6 +98,12 @@ def _entries(key: str, layer: AdapterLayer, right: Tensor, left: Tensor) -> dict
     if isinstance(layer.layout, EmbeddingLayout):
         return {f"{stem}embedding_A": right, f"{stem}embedding_B": left}
     if isinstance(layer.layout, ConvolutionLayout):
+        base: Any = layer.get_base_layer()
+        if set(base.dilation) != {1} or base.padding_mode != "zeros":
+            raise TypeError(
+                f"{key!r} is a convolution with dilation={base.dilation} and padding_mode={base.padding_mode!r}, which "
+                "LoRA in PEFT ignores; merge the adapter instead"
+            )
         right = layer.layout.weight(right)
         left = left.reshape(*left.shape, *(1 for _ in layer.layout.kernel[1:]))
     return {f"{stem}A.weight": right, f"{stem}B.weight": left}
