@@ -255,7 +255,7 @@ class ActivationPCA:
     ) -> Pass:
         """Run batches through the model, without gradients, until bases settle or batches end.
 
-        Convergence is looked at after 2, 4, 8, … batches, so that each look sees twice the rows.
+        Convergence is looked at after 4, 8, 16, … batches, so that each look sees twice the rows.
 
         Args:
             batches: Moved to the device of the model's first parameter. Gone through once.
@@ -278,7 +278,7 @@ class ActivationPCA:
             len(batches) if isinstance(batches, Sized) else math.inf,
             math.inf if max_batches is None else max_batches,
         )
-        done, look, converged = 0, 2, False
+        done, look, converged = 0, 4, False
         with self, torch.no_grad(), self._shown("Reading activations", total) as advance:
             for batch in batches:
                 batch = _move(batch, device)
@@ -288,7 +288,7 @@ class ActivationPCA:
                 advance()
                 if done == max_batches:
                     break
-                if done == look and tau < 1:
+                if done == look and done < total and tau < 1:
                     look *= 2
                     if self._enough() and self.converged(tau, needed(self.components()) if needed else None):
                         converged = True

@@ -144,7 +144,7 @@ def eva_init_(
 
     Complexity:
         One forward pass over the batches, `2·n·d²` flops for each distinct input with n rows, and an
-        eigendecomposition of d × d for it at 2, 4, 8, … batches and at the end.
+        eigendecomposition of d × d for it at 4, 8, 16, … batches and at the end.
 
     References:
         Parameter Efficient Fine-tuning via Explained Variance Adaptation, arXiv 2410.07170. The paper speaks

@@ -43,12 +43,18 @@ class IncrementalPCA(RowStream):
         tensor([[0., 1., 0.]], dtype=torch.float64)
     """
 
-    _tensors = (*RowStream._tensors, "scaled")
+    _tensors = (*RowStream._tensors, "_total", "scaled")
 
     def __init__(self, dim: int, k: int, device: torch.device | str | None = None) -> None:
         super().__init__(dim, device)
         self._check_k(k)
+        self._total = torch.zeros((), dtype=self._wide, device=device)
         self.scaled = torch.zeros(k, dim, dtype=self._wide, device=device)
+
+    @property
+    def total(self) -> Tensor:
+        """Sum of squared distances from the mean."""
+        return self._total
 
     def _check_k(self, k: int) -> None:
         super()._check_k(k)
@@ -56,10 +62,12 @@ class IncrementalPCA(RowStream):
             raise ValueError(f"k must be at most {len(self.scaled)}, the components kept track of, got {k}")
 
     def _summary(self, rows: Tensor) -> tuple[Tensor, ...]:
-        return (rows,)
+        return rows.square().sum(dtype=self._wide), rows
 
     def _absorb(self, summary: tuple[Tensor, ...], shift: Tensor) -> None:
-        more = torch.cat([summary[0].to(self._wide), shift[None]])
+        total, rows = summary
+        self._total = self._total + total + shift.square().sum()
+        more = torch.cat([rows.to(self._wide), shift[None]])
         # Of what is not finite, `total` tells when components are asked for; the SVD would raise.
         if not bool(more.isfinite().all()):
             return

@@ -41,7 +41,7 @@ class MomentSketch(RowStream):
         tensor([[0., 1., 0.]], dtype=torch.float64)
     """
 
-    _tensors = (*RowStream._tensors, "sketch")
+    _tensors = (*RowStream._tensors, "_total", "sketch")
 
     def __init__(
         self, dim: int, k: int, *, width: int | None = None, device: torch.device | str | None = None
@@ -53,7 +53,13 @@ class MomentSketch(RowStream):
         width = min(dim, 2 * k + 16 if width is None else width)
         drawn = torch.randn(dim, width, dtype=torch.float64, generator=torch.Generator().manual_seed(dim))
         self._probes = torch.linalg.qr(drawn).Q.to(device=device, dtype=torch.float32)
+        self._total = torch.zeros((), dtype=self._wide, device=device)
         self.sketch = torch.zeros(dim, width, dtype=self._wide, device=device)
+
+    @property
+    def total(self) -> Tensor:
+        """Sum of squared distances from the mean."""
+        return self._total
 
     def _check_k(self, k: int) -> None:
         super()._check_k(k)
@@ -61,10 +67,12 @@ class MomentSketch(RowStream):
             raise ValueError(f"k must be at most {self.sketch.shape[1]}, the width of the sketch, got {k}")
 
     def _summary(self, rows: Tensor) -> tuple[Tensor, ...]:
-        return (rows.mT @ (rows @ self._probes.to(rows.dtype)),)
+        return rows.square().sum(dtype=self._wide), rows.mT @ (rows @ self._probes.to(rows.dtype))
 
     def _absorb(self, summary: tuple[Tensor, ...], shift: Tensor) -> None:
-        self.sketch += summary[0]
+        total, products = summary
+        self._total = self._total + total + shift.square().sum()
+        self.sketch += products
         if self.count:
             self.sketch.addr_(shift, shift @ self._probes.to(self._wide))
 

@@ -46,10 +46,9 @@ class RowStream(ABC):
         dim: Length d of a row.
         count: Rows so far.
         mean: Their mean, shape `(d,)`, float64; zeros before the first.
-        total: Sum of squared distances from the mean, 0-dimensional, float64.
     """
 
-    _tensors: ClassVar[tuple[str, ...]] = ("mean", "total")
+    _tensors: ClassVar[tuple[str, ...]] = ("mean",)
 
     def __init__(self, dim: int, device: torch.device | str | None = None) -> None:
         if dim < 1:
@@ -59,7 +58,6 @@ class RowStream(ABC):
         # Apple's accelerator has no float64.
         self._wide = torch.float32 if torch.device(device or "cpu").type == "mps" else torch.float64
         self.mean = torch.zeros(dim, dtype=self._wide, device=device)
-        self.total = torch.zeros((), dtype=self._wide, device=device)
 
     @torch.no_grad()
     def update(self, rows: Tensor) -> Self:
@@ -83,10 +81,11 @@ class RowStream(ABC):
         if len(rows) == 0:
             return self
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        mean = rows.mean(0, dtype=self._wide)
-        rows = rows - mean.to(rows.dtype)
-        total = rows.square().sum(dtype=self._wide)
-        self._join(len(rows), mean, total, self._summary(rows))
+        mean = rows.mean(0)
+        rows = rows - mean
+        # What rounding left of the mean is small, so it is found to all digits.
+        exact = mean.to(self._wide) + rows.mean(0).to(self._wide)
+        self._join(len(rows), exact, self._summary(rows))
         return self
 
     @torch.no_grad()
@@ -103,7 +102,7 @@ class RowStream(ABC):
             raise ValueError(f"cannot merge {other._sizes()} into {self._sizes()}; sizes must be the same")
         device = self.mean.device
         summary = tuple(part.to(device) for part in other._parts())
-        self._join(other.count, other.mean.to(device), other.total.to(device), summary)
+        self._join(other.count, other.mean.to(device), summary)
         return self
 
     def all_reduce(self, group: ProcessGroup | None = None) -> Self:
@@ -187,7 +186,7 @@ class RowStream(ABC):
             old = getattr(self, name)
             setattr(self, name, state[name].to(old.device, old.dtype, copy=True))
 
-    def _join(self, count: int, mean: Tensor, total: Tensor, summary: tuple[Tensor, ...]) -> None:
+    def _join(self, count: int, mean: Tensor, summary: tuple[Tensor, ...]) -> None:
         """Join rows of which count, mean and summary are known."""
         joined = self.count + count
         if count == 0:
@@ -195,7 +194,6 @@ class RowStream(ABC):
         difference = mean - self.mean
         shift = difference * math.sqrt(self.count * count / joined)
         self._absorb(summary, shift)
-        self.total = self.total + total + shift.square().sum()
         self.mean = self.mean + difference * (count / joined)
         self.count = joined
 
@@ -208,7 +206,12 @@ class RowStream(ABC):
 
     def _parts(self) -> tuple[Tensor, ...]:
         """The summary of all rows so far, in the form of `_summary`."""
-        return tuple(getattr(self, name) for name in self._tensors if name not in RowStream._tensors)
+        return tuple(getattr(self, name) for name in self._tensors if name != "mean")
+
+    @property
+    @abstractmethod
+    def total(self) -> Tensor:
+        """Sum of squared distances from the mean, 0-dimensional, float64."""
 
     @abstractmethod
     def _summary(self, rows: Tensor) -> tuple[Tensor, ...]:
@@ -263,6 +266,11 @@ class StreamingMoments(RowStream):
     def __init__(self, dim: int, device: torch.device | str | None = None) -> None:
         super().__init__(dim, device)
         self.scatter = torch.zeros(dim, dim, dtype=self._wide, device=device)
+
+    @property
+    def total(self) -> Tensor:
+        """Sum of squared distances from the mean."""
+        return self.scatter.trace()
 
     def covariance(self, *, center: bool = True, correction: int = 1) -> Tensor:
         """Return the matrix of covariances, or of mean products.
