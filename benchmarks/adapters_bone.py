@@ -127,8 +127,12 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument(
-        "--seconds", type=float, default=10.0, help="time for each case and number of threads"
+        "--clock",
+        choices=["wall", "cpu"],
+        default="wall",
+        help="wall time, or processor time (for one thread on a machine that is busy)",
     )
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
