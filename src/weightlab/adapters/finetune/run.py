@@ -373,7 +373,8 @@ def _signals(display: Display) -> Iterator[Callable[[], bool]]:
         asked.set()
         display.say("stopping after this step")
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    heard = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, ask) for number in heard}
     try:
         yield asked.is_set
     finally:
