@@ -37,7 +37,7 @@ def configs(r: int) -> dict[str, Any]:
     common: dict[str, Any] = {"r": r, "target_modules": TARGETS}
     return {
         "LoRA": LoraConfig(lora_alpha=r, **common),
-        "PiSSA": LoraConfig(lora_alpha=r, init_lora_weights="pissa_niter_4", **common),
+        "PiSSA": LoraConfig(lora_alpha=r, init_lora_weights="pissa", **common),
         "SORSA": SorsaConfig(**common),
         "SORSA, no regulariser": SorsaConfig(gamma=0.0, **common),
         "SORSA in place": SorsaConfig(residual="in_place", **common),

@@ -150,7 +150,10 @@ def close(a: torch.Tensor, b: torch.Tensor) -> None:
     torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, torch.float32) for name in ARCHITECTURES), ("llama", torch.bfloat16), ("gpt2", torch.float16)],
+)
 def test_start_is_the_base_and_dtypes_are_kept(method: Make, name: str, dtype: torch.dtype) -> None:
     model = adapted(method, name, dtype)
     base = build(name, dtype)
@@ -173,7 +176,9 @@ def test_start_is_the_base_and_dtypes_are_kept(method: Make, name: str, dtype: t
     assert torch.equal(output(model.unload(), name, dtype), expected)
 
 
-@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize(
+    ("name", "low_cpu_mem_usage"), [*((name, True) for name in ARCHITECTURES), ("llama", False)]
+)
 def test_saved_and_loaded(method: Make, name: str, low_cpu_mem_usage: bool, tmp_path: Any) -> None:
     model = adapted(method, name)
     perturb(model)
@@ -202,7 +207,9 @@ def test_loading_does_not_recompute_the_start(
     assert torch.equal(output(loaded, "llama"), output(model, "llama"))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((name, torch.float32) for name in ARCHITECTURES), ("llama", torch.bfloat16)]
+)
 def test_merged_and_unmerged(method: Make, name: str, dtype: torch.dtype) -> None:
     model = adapted(method, name, dtype)
     perturb(model)

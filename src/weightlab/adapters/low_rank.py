@@ -176,9 +176,9 @@ class _Difference(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         inputs, features, wide_right, wide_left, left, values = ctx.saved_tensors
-        grad = grads[0]
+        grad = grad_outputs[0]
         g = grad.reshape(-1, grad.shape[-1])
         projected = g @ wide_left
         of_x = (projected @ wide_right).view(ctx.shape) if ctx.needs_input_grad[1] else None

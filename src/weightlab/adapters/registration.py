@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import threading
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Method(NamedTuple):
@@ -83,15 +83,15 @@ def _register_all() -> None:
         raise
 
 
-def _add_member(enum: type, name: str, undo: list[Callable[[], object]]) -> str:
+def _add_member(enum: Any, name: str, undo: list[Callable[[], object]]) -> Any:
     """Add a member to a string enum in place, as PEFT offers no other way in."""
-    members, values, names = enum._member_map_, enum._value2member_map_, enum._member_names_  # type: ignore[attr-defined]
+    members, values, names = enum._member_map_, enum._value2member_map_, enum._member_names_
     if name in members:
         raise ValueError(f"there is already a PEFT type {name}")
     member = str.__new__(enum, name)
-    member._name_ = member._value_ = name  # type: ignore[attr-defined]
-    member.__objclass__ = enum  # type: ignore[attr-defined]
-    member._sort_order_ = len(names)  # type: ignore[attr-defined]
+    member._name_ = member._value_ = name
+    member.__objclass__ = enum
+    member._sort_order_ = len(names)
     undo.append(
         lambda: (members.pop(name, None), values.pop(name, None), name in names and names.remove(name))
     )

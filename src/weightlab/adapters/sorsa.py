@@ -114,6 +114,9 @@ class SorsaLayer(LowRankLayer):
     prefix = "sorsa_"
     subtracts_initial = True
 
+    sorsa_left: nn.ParameterDict
+    sorsa_right: nn.ParameterDict
+
     def make_containers(self) -> None:
         """Create empty containers."""
         super().make_containers()

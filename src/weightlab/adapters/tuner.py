@@ -448,7 +448,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             container = getattr(self, name)
             if isinstance(container, (nn.ParameterDict, BufferDict)) and adapter_name in container:
                 tensor = container[adapter_name]
-                if not tensor.is_meta:
+                if tensor is not None and not tensor.is_meta:
                     container[adapter_name] = tensor.to(target)
 
     def extra_repr(self) -> str:
@@ -460,7 +460,7 @@ class AdapterModel(BaseTuner):
     """A model with adapters of one method in it; PEFT's `get_peft_model` makes one."""
 
     prefix: str
-    tuner_layer_cls: type[AdapterLayer]
+    tuner_layer_cls: type[AdapterLayer]  # type: ignore[assignment]
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def to_lora(
@@ -477,7 +477,7 @@ class AdapterModel(BaseTuner):
 
     def _create_and_replace(
         self,
-        config: AdapterConfig,
+        peft_config: Any,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -485,12 +485,12 @@ class AdapterModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        r = self.rank(config, current_key, target)
+        r = self.rank(peft_config, current_key, target)
         if isinstance(target, self.tuner_layer_cls):
-            target.update_layer(adapter_name, config, r=r, inference_mode=config.inference_mode)
+            target.update_layer(adapter_name, peft_config, r=r, inference_mode=peft_config.inference_mode)
             return
         quantization = get_quantization_kwargs(self)
-        layer = self.tuner_layer_cls(target, adapter_name, config, r=r, key=current_key, **quantization)
+        layer = self.tuner_layer_cls(target, adapter_name, peft_config, r=r, key=current_key, **quantization)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
@@ -505,9 +505,7 @@ class AdapterModel(BaseTuner):
                 raise ValueError(f"{error} {_candidates(model, self.peft_config[adapter_name])}") from None
             raise
 
-    def _prepare_adapter_config(
-        self, peft_config: AdapterConfig, model_config: dict[str, Any]
-    ) -> AdapterConfig:
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> PeftConfig:
         if (
             peft_config.target_modules is None
             and model_config.get("model_type") not in self.target_module_mapping
@@ -516,7 +514,7 @@ class AdapterModel(BaseTuner):
                 f"target_modules must be given for models of type {model_config.get('model_type')!r}. "
                 f"{_candidates(self.model, peft_config)}"
             )
-        return super()._prepare_adapter_config(peft_config, model_config)  # type: ignore[return-value]
+        return super()._prepare_adapter_config(peft_config, model_config)
 
     def _take_back(self, model: nn.Module, adapter_name: str) -> None:
         for key, layer in list(model.named_modules()):
@@ -531,7 +529,7 @@ class AdapterModel(BaseTuner):
                 layer.delete_adapter(adapter_name)
 
 
-def _candidates(model: nn.Module, config: AdapterConfig) -> str:
+def _candidates(model: nn.Module, config: Any) -> str:
     """Say which layers could be adapted, those first whose names are like the ones asked for."""
     ends = dict.fromkeys(
         key.rpartition(".")[2] for key, module in model.named_modules() if key and _is_supported(module)
