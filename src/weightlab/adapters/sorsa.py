@@ -308,25 +308,29 @@ class _Regularizer:
             lr = float(group["lr"])
             peak = self.peak_lr or float(group.get("initial_lr", self.first_lr.setdefault(number, lr)))
             rates |= dict.fromkeys(map(id, group["params"]), (lr, peak))
+        alike: dict[Any, list[tuple[nn.Parameter, bool]]] = {}
         for layer, name in adapters:
             rule = layer.regularization[name]._replace(**self.overrides)
-            if rule.gamma == 0:
-                continue
-            gamma = rule.gamma / (2 * len(adapters)) if rule.reduction == "mean" else rule.gamma
             for factor, of_left in _bases(layer, name):
-                if not factor.requires_grad or id(factor) not in rates:
-                    continue
-                lr, peak = rates[id(factor)]
-                if peak == 0:
-                    continue
-                gradient = orthonormality_gradient(factor.mT if of_left else factor, rule.power)
-                gradient = gradient.mT if of_left else gradient
-                if rule.mode == "decoupled":
+                if rule.gamma > 0 and factor.requires_grad and id(factor) in rates:
+                    shape = factor.shape[::-1] if of_left else factor.shape
+                    key = (rule, shape, factor.dtype, factor.device, rates[id(factor)])
+                    alike.setdefault(key, []).append((factor, of_left))
+        for (rule, _, _, _, (lr, peak)), factors in alike.items():
+            if peak == 0:
+                continue
+            rows = torch.stack([factor.mT if of_left else factor for factor, of_left in factors])
+            found = orthonormality_gradient(rows, rule.power).unbind()
+            gradients = [g.mT if of_left else g for g, (_, of_left) in zip(found, factors, strict=True)]
+            gamma = rule.gamma / (2 * len(adapters)) if rule.reduction == "mean" else rule.gamma
+            if rule.mode == "decoupled":
+                for (factor, _), gradient in zip(factors, gradients, strict=True):
                     factor.sub_(gradient, alpha=gamma * lr / peak)
-                elif factor.grad is None:
-                    factor.grad = gradient * (gamma / peak)
-                else:
-                    factor.grad.add_(gradient, alpha=gamma / peak)
+                continue
+            for (factor, _), gradient in zip(factors, gradients, strict=True):
+                if factor.grad is None:
+                    factor.grad = torch.zeros_like(factor)
+                factor.grad.add_(gradient, alpha=gamma / peak)
 
 
 def regularize_sorsa(
