@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from weightlab.linalg.coefficients import COEFFICIENTS, CoefficientSet
     from weightlab.linalg.column_selection import expand_basis_columns, select_basis_columns
     from weightlab.linalg.cosine_transform import dct, dct_matrix
+    from weightlab.linalg.gram_spectrum import gram_eigenvalues
     from weightlab.linalg.incremental_pca import IncrementalPCA
     from weightlab.linalg.matrix_sign import newton_schulz, newton_schulz_foreach
     from weightlab.linalg.moment_sketch import MomentSketch
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from weightlab.linalg.orthogonality import orthogonality_error
     from weightlab.linalg.outliers import clip_outliers
     from weightlab.linalg.padding import common_shape, merge_shapes, stack_padded, unstack_padded
+    from weightlab.linalg.power_law import PowerLawScan, power_law_scan
     from weightlab.linalg.singular_triples import TopSVD, top_svd
     from weightlab.linalg.sinkhorn import sinkhorn_normalize
     from weightlab.linalg.streaming_moments import PrincipalComponents, StreamingMoments
@@ -27,6 +29,7 @@ __getattr__, __dir__, __all__ = exports(
         "CoefficientSet": ".coefficients",
         "IncrementalPCA": ".incremental_pca",
         "MomentSketch": ".moment_sketch",
+        "PowerLawScan": ".power_law",
         "PrincipalComponents": ".streaming_moments",
         "StreamingMoments": ".streaming_moments",
         "cholesky_qr": ".orthogonal_factor",
@@ -38,11 +41,13 @@ __getattr__, __dir__, __all__ = exports(
         "expand_basis_columns": ".column_selection",
         "fit_newton_schulz": ".coefficient_fit",
         "gaussian_spectrum": ".coefficient_fit",
+        "gram_eigenvalues": ".gram_spectrum",
         "merge_shapes": ".padding",
         "newton_schulz": ".matrix_sign",
         "newton_schulz_foreach": ".matrix_sign",
         "orthogonality_error": ".orthogonality",
         "polar_factor": ".orthogonal_factor",
+        "power_law_scan": ".power_law",
         "qr_factor": ".orthogonal_factor",
         "select_basis_columns": ".column_selection",
         "sinkhorn_normalize": ".sinkhorn",
