@@ -15,9 +15,8 @@ SVDMethod = Literal["auto", "full", "randomized"]
 # about as quick as products and re-orthogonalisations are.
 _SMALL = 256
 _WIDE = 0.25
-# Vectors and rounds of the power iteration that measures what a block has left out.
+# Vectors of the power iteration that measures what a block has left out.
 _PROBES = 8
-_ROUNDS = 4
 
 
 class Certificate(NamedTuple):
@@ -109,9 +108,8 @@ def top_svd(
 
     Complexity:
         Full: of order `m·n·min(m, n)` whatever r. Randomized: `4·m·n·q + 6·(m + n)·q²` flops an iteration, with
-        q = r + oversampling, and about as many again as one iteration for the certificate. Matrices of a
-        batch are iterated one after another, so that none depends on the others. A device other than
-        the CPU is waited for at each iteration.
+        q = r + oversampling, the certificate included. Matrices of a batch are iterated one after another, so that none
+        depends on the others. A device other than the CPU is waited for at each iteration.
 
     References:
         Finding structure with randomness: probabilistic algorithms for constructing approximate matrix
@@ -173,7 +171,8 @@ def _checked(W: Tensor, r: int, method: str, tol: float, oversampling: int | Non
         raise ValueError(f"oversampling must be at least 0, got {oversampling}")
     if iterations < 1:
         raise ValueError(f"iterations must be at least 1, got {iterations}")
-    if not bool(W.isfinite().all()):
+    # One pass that settles it unless the sum overflows.
+    if not bool(W.sum(dtype=torch.promote_types(W.dtype, torch.float32)).isfinite() or W.isfinite().all()):
         raise ValueError(
             "W holds NaN or infinity, which has no singular values; look for a broken checkpoint"
         )
@@ -227,25 +226,25 @@ def _randomized(
     generator = generator or torch.Generator().manual_seed(0)
     shape = (A.size(1), q + _PROBES)
     start = torch.randn(shape, generator=generator, device=generator.device, dtype=A.dtype).to(A.device)
-    Y, probes = A @ start[:, :q], start[:, q:]
-    whole = q == min(A.shape)  # the block leaves nothing out
+    Y = A @ start
     errors: list[float] = []
     while True:
-        Q = torch.linalg.qr(Y).Q
-        V, R = torch.linalg.qr(A.mT @ Q)
-        Y = A @ V
+        # Probes ride along with the block: products of so few columns alone take as long as those of all.
+        Q = torch.linalg.qr(Y[:, :q]).Q
+        left_out = _outside(Q, Y[:, q:])
+        left_out = left_out / torch.linalg.matrix_norm(left_out).clamp_min(torch.finfo(A.dtype).tiny)
+        Y = A.mT @ torch.cat([Q, left_out], 1)
+        V, R = torch.linalg.qr(Y[:, :q])
+        Y = A @ torch.cat([V, torch.linalg.qr(Y[:, q:]).Q], 1)
         # W ≈ Q Rᵀ Vᵀ, so its triples are those of Rᵀ, turned.
         Z, S, Xh = torch.linalg.svd(R.mT)
         U, X = Q @ Z[:, :r], Xh[:r].mT
-        residuals = torch.linalg.vector_norm(Y @ X - U * S[:r], dim=0, dtype=torch.float64)
-        # The block's own smallest value is a lower bound of what it leaves out: look closer once that is passed.
-        rest = torch.zeros_like(S[0]) if whole else S[-1]
+        residuals = torch.linalg.vector_norm(Y[:, :q] @ X - U * S[:r], dim=0, dtype=torch.float64)
+        rest = torch.linalg.matrix_norm(_outside(Q, Y[:, q:]), 2)
+        rest = torch.maximum(rest, S[-1]) if q < min(A.shape) else rest
         error = _error(S, r, residuals, rest, max(A.shape))
-        last = len(errors) + 1 == iterations
-        if not whole and (error <= tol or last):
-            rest = torch.maximum(rest, _outside(A, Q, probes))
-            error = _error(S, r, residuals, rest, max(A.shape))
         errors.append(error)
+        last = len(errors) == iterations
         if error <= tol or last or (give_up and _hopeless(errors, tol, iterations)):
             break
     certificate = Certificate(
@@ -271,15 +270,9 @@ def _error(S: Tensor, r: int, residuals: Tensor, rest: Tensor, size: int) -> flo
     return float(errors.masked_fill((values <= rounding) & (rest <= rounding), 0.0).max())
 
 
-def _outside(A: Tensor, Q: Tensor, probes: Tensor) -> Tensor:
-    """Spectral norm of (I − QQᵀ)A by power iteration: never more, little less."""
-    norm = torch.zeros_like(A[0, 0])
-    for _ in range(_ROUNDS):
-        images = A @ torch.linalg.qr(probes).Q
-        images = images - Q @ (Q.mT @ images)
-        norm = torch.linalg.matrix_norm(images, 2)
-        probes = A.mT @ (images / norm.clamp_min(torch.finfo(A.dtype).tiny))
-    return norm
+def _outside(Q: Tensor, Y: Tensor) -> Tensor:
+    """The part of Y outside the span of Q."""
+    return Y - Q @ (Q.mT @ Y)
 
 
 def _hopeless(errors: list[float], tol: float, iterations: int) -> bool:
