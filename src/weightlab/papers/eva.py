@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from weightlab.papers.schema import Claim, ClaimContext, ClaimResult, Paper, Scale, Verdict
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor, nn
 
@@ -193,6 +194,24 @@ def _gradient_shares(task: Task, seed: int, batches: int) -> dict[str, dict[str,
     return shares
 
 
+def _one_thread(run: Callable[[ClaimContext], ClaimResult]) -> Callable[[ClaimContext], ClaimResult]:
+    """Run with one thread, as trials do: pre-trained models are kept for each number of threads apart."""
+
+    @functools.wraps(run)
+    def wrapped(ctx: ClaimContext) -> ClaimResult:
+        import torch
+
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return run(ctx)
+        finally:
+            torch.set_num_threads(threads)
+
+    return wrapped
+
+
+@_one_thread
 def _gradient_signal(ctx: ClaimContext) -> ClaimResult:
     from weightlab import tasks
 
@@ -312,6 +331,7 @@ def _times(value: float, bounds: tuple[float, float]) -> str:
     return f"{value:+.2f} ({bounds[0]:+.2f} to {bounds[1]:+.2f}) minimal effects"
 
 
+@_one_thread
 def _beats_random(ctx: ClaimContext) -> ClaimResult:
     trained = _train(ctx)
     parts: list[str] = []
@@ -351,6 +371,7 @@ def _table(found: Adaptation, baseline: str) -> list[dict[str, Any]]:
     ]
 
 
+@_one_thread
 def _cheaper(ctx: ClaimContext) -> ClaimResult:
     from weightlab import tasks
     from weightlab.papers.adaptation import trained_parameters
