@@ -13,7 +13,7 @@ from importlib.metadata import version
 from weightlab._lazy import require
 from weightlab.exceptions import MissingDependencyError
 
-TESTED = "0.21.2"
+OLDEST, NEWEST = "0.21.0", "0.21.2"
 
 peft = require("peft", "adapters")
 require("transformers", "adapters")
@@ -37,8 +37,8 @@ def internals() -> Iterator[None]:
     except Exception as error:
         raise MissingDependencyError(
             f"weightlab.adapters cannot work with PEFT {version('peft')}, whose internals differ from those of "
-            f"{TESTED}, with which it was tested ({type(error).__name__}: {error}); install it with: "
-            f"pip install 'peft=={TESTED}'"
+            f"{OLDEST} to {NEWEST}, with which it was tested ({type(error).__name__}: {error}); install it with: "
+            f"pip install 'peft=={NEWEST}'"
         ) from error
 
 
