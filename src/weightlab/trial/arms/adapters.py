@@ -6,8 +6,10 @@ overridden by a claim that compares at equal numbers of parameters. Low-rank upd
 that they are scaled by 1 (by √r in rsLoRA).
 
 AdamW's learning rate and weight decay are tuned for all. What trains differs from a whole matrix to a few singular
-values, and the best learning rate with it by two orders of magnitude; so each kind has a range of its own,
-all of them a hundredfold wide. Decay pulls what trains to zero. That is back to the pre-trained weight where zero is
+values, and the best learning rate with it by two orders of magnitude; so each kind has a range of its own, all of them a
+hundredfold wide. They lie about what was best on tuning seeds of `adapt-digits`, 400 steps: 0.01 for whole matrices, 0.01
+(final error) to 0.1 (early loss) for low ranks and Bone, 0.03 to 0.1 for biases and for LoRA-XS, 1 for singular values.
+Decay pulls what trains to zero. That is back to the pre-trained weight where zero is
 the start, and away from it in full fine-tuning, and for PiSSA and SORSA, whose factors start at the weight.
 """
 
@@ -40,10 +42,9 @@ def _space(lowest: float) -> dict[str, BaseDistribution]:
     return {"lr": FloatDistribution(lowest, WIDTH * lowest, log=True), "weight_decay": WEIGHT_DECAY}
 
 
-WHOLE = _space(1e-4)
-LOW_RANK = _space(3e-4)
-VECTORS = _space(1e-3)
-SINGULAR_VALUES = _space(3e-3)
+WHOLE = LOW_RANK = _space(1e-3)
+VECTORS = _space(3e-3)
+SINGULAR_VALUES = _space(3e-2)
 FIXED = {"weight_decay": 0.01, "train_head": False}
 
 
@@ -187,7 +188,7 @@ ARMS = (
         name="full-finetune",
         optimizer=adamw_on_trained,
         search_space=WHOLE,
-        defaults={"lr": 1e-3, "weight_decay": 0.01},
+        defaults={"lr": 5e-3, "weight_decay": 0.01},
         description="All parameters trained, head and embeddings too",
     ),
     Arm(
@@ -195,7 +196,7 @@ ARMS = (
         optimizer=adamw_on_trained,
         transform=_lora(),
         search_space=LOW_RANK,
-        defaults={**FIXED, "lr": 3e-3, "r": 8},
+        defaults={**FIXED, "lr": 0.01, "r": 8},
         requires=("peft",),
         description="PEFT's LoRA, rank 8",
     ),
@@ -204,7 +205,7 @@ ARMS = (
         optimizer=adamw_on_trained,
         transform=_lora(use_rslora=True),
         search_space=LOW_RANK,
-        defaults={**FIXED, "lr": 3e-3, "r": 8},
+        defaults={**FIXED, "lr": 0.01, "r": 8},
         requires=("peft",),
         description="PEFT's LoRA, rank 8, scaled by alpha over the rank's root",
     ),
@@ -213,7 +214,7 @@ ARMS = (
         optimizer=adamw_on_trained,
         transform=_lora(init_lora_weights="pissa"),
         search_space=LOW_RANK,
-        defaults={**FIXED, "lr": 3e-3, "r": 8},
+        defaults={**FIXED, "lr": 0.01, "r": 8},
         requires=("peft",),
         description="PEFT's PiSSA, rank 8: the leading singular triples, as two factors",
     ),
@@ -222,7 +223,7 @@ ARMS = (
         optimizer=adamw_on_trained,
         transform=thawing(_biases),
         search_space=VECTORS,
-        defaults={**FIXED, "lr": 1e-2},
+        defaults={**FIXED, "lr": 0.03},
         description="Biases alone, the head's not",
     ),
     Arm(
@@ -230,7 +231,7 @@ ARMS = (
         optimizer=adamw_on_trained,
         transform=thawing(_norms),
         search_space=VECTORS,
-        defaults={**FIXED, "lr": 1e-2},
+        defaults={**FIXED, "lr": 0.03},
         description="Scales and shifts of LayerNorm and RMSNorm alone",
     ),
     Arm(
@@ -239,7 +240,7 @@ ARMS = (
         transform=_lora(),
         init=unit_rows,
         search_space=LOW_RANK,
-        defaults={**FIXED, "lr": 3e-3, "r": 8},
+        defaults={**FIXED, "lr": 0.01, "r": 8},
         requires=("peft",),
         paper="eva",
         description="LoRA, rank 8, rows of A scaled to norm 1",
@@ -250,7 +251,7 @@ ARMS = (
         transform=_lora(),
         init=orthonormal_rows,
         search_space=LOW_RANK,
-        defaults={**FIXED, "lr": 3e-3, "r": 8},
+        defaults={**FIXED, "lr": 0.01, "r": 8},
         requires=("peft",),
         paper="eva",
         description="LoRA, rank 8, rows of A orthonormal at random",
@@ -261,7 +262,7 @@ ARMS = (
         transform=_lora(),
         prepare=bottom_start,
         search_space=LOW_RANK,
-        defaults={**FIXED, "lr": 3e-3, "r": 8, "batches": 16},
+        defaults={**FIXED, "lr": 0.01, "r": 8, "batches": 16},
         requires=("peft",),
         paper="eva",
         description="LoRA, rank 8, rows of A the last principal components of the inputs",
@@ -272,7 +273,7 @@ ARMS = (
         transform=_lora(),
         prepare=eva_start,
         search_space=LOW_RANK,
-        defaults={**FIXED, "lr": 3e-3, "r": 8, "rho": 2.0, "batches": 16},
+        defaults={**FIXED, "lr": 0.01, "r": 8, "rho": 2.0, "batches": 16},
         requires=("peft",),
         paper="eva",
         description="LoRA started from the inputs' principal components, rank 8 on average, at most 16",
@@ -283,7 +284,7 @@ ARMS = (
         transform=_lora(),
         prepare=eva_start,
         search_space=LOW_RANK,
-        defaults={**FIXED, "lr": 3e-3, "r": 8, "rho": 1.0, "batches": 16},
+        defaults={**FIXED, "lr": 0.01, "r": 8, "rho": 1.0, "batches": 16},
         requires=("peft",),
         paper="eva",
         description="LoRA started from the inputs' principal components, rank 8 everywhere",
@@ -294,7 +295,7 @@ ARMS = (
         transform=_lora(),
         init=orthogonal_slot,
         search_space=LOW_RANK,
-        defaults={**FIXED, "lr": 3e-3, "r": 8, "slot": 0},
+        defaults={**FIXED, "lr": 0.01, "r": 8, "slot": 0},
         requires=("peft",),
         paper="orthogonal-adaptation",
         description="LoRA, rank 8, A frozen to columns of a shared orthogonal basis",
@@ -304,7 +305,7 @@ ARMS = (
         optimizer=adamw_on_trained,
         transform=_bone("affine"),
         search_space=LOW_RANK,
-        defaults={**FIXED, "lr": 3e-3, "r": 8},
+        defaults={**FIXED, "lr": 0.01, "r": 8},
         requires=("peft",),
         paper="bone",
         description="Bone: blocks of side 8 become W + W D + D, D shared along a block row",
@@ -314,7 +315,7 @@ ARMS = (
         optimizer=adamw_on_trained,
         transform=_bone("affine_row"),
         search_space=LOW_RANK,
-        defaults={**FIXED, "lr": 3e-3, "r": 8},
+        defaults={**FIXED, "lr": 0.01, "r": 8},
         requires=("peft",),
         paper="bone",
         description="Bone: blocks of side 8 become W + W D + D, D shared along a block column",
@@ -324,7 +325,7 @@ ARMS = (
         optimizer=adamw_on_trained,
         transform=_bone("additive"),
         search_space=LOW_RANK,
-        defaults={**FIXED, "lr": 3e-3, "r": 8},
+        defaults={**FIXED, "lr": 0.01, "r": 8},
         requires=("peft",),
         paper="bone",
         description="Bone without the weight's guidance: blocks of side 8 become W + D",
@@ -334,7 +335,7 @@ ARMS = (
         optimizer=adamw_on_trained,
         transform=by_peft(_svfit),
         search_space=SINGULAR_VALUES,
-        defaults={**FIXED, "lr": 0.05, "r": "all"},
+        defaults={**FIXED, "lr": 0.3, "r": "all"},
         requires=("peft",),
         paper="svfit",
         description="SVFit: all singular values, their vectors frozen",
@@ -344,7 +345,7 @@ ARMS = (
         optimizer=adamw_on_trained,
         transform=with_factors(random_vectors, diagonal=True),
         search_space=SINGULAR_VALUES,
-        defaults={**FIXED, "lr": 0.05, "r": 1024},
+        defaults={**FIXED, "lr": 0.3, "r": 1024},
         paper="svfit",
         description="SVFit with random orthonormal vectors for the weight's own",
     ),
@@ -353,7 +354,7 @@ ARMS = (
         optimizer=adamw_on_trained,
         transform=with_factors(scaled_singular_vectors, diagonal=False),
         search_space=VECTORS,
-        defaults={**FIXED, "lr": 1e-2, "r": 8},
+        defaults={**FIXED, "lr": 0.03, "r": 8},
         paper="svfit",
         description="LoRA-XS: a core of 8 × 8 between the leading singular vectors",
     ),
@@ -362,7 +363,7 @@ ARMS = (
         optimizer=adamw_with_regularizer,
         transform=by_peft(_sorsa),
         search_space=LOW_RANK,
-        defaults={**FIXED, "lr": 3e-3, "r": 8, "gamma": 4e-4},
+        defaults={**FIXED, "lr": 0.01, "r": 8, "gamma": 4e-4},
         requires=("peft",),
         paper="sorsa",
         description="SORSA, rank 8: the leading singular triples, kept nearly orthonormal",
@@ -372,7 +373,7 @@ ARMS = (
         optimizer=adamw_on_trained,
         transform=by_peft(_sorsa),
         search_space=LOW_RANK,
-        defaults={**FIXED, "lr": 3e-3, "r": 8, "gamma": 0.0},
+        defaults={**FIXED, "lr": 0.01, "r": 8, "gamma": 0.0},
         requires=("peft",),
         paper="sorsa",
         description="SORSA, rank 8, without its regulariser",
