@@ -42,8 +42,8 @@ class SvfitConfig(AdapterConfig):
     quantised, and weight decay pulls to the pre-trained values instead of to zero. Values may cross zero or change
     order.
 
-    So few numbers need a large learning rate: tune it between 1e-3 and 3e-1. A pure rescaling of directions
-    that are there can be too weak for data far from the base's.
+    So few numbers need a large learning rate, ten to a hundred times LoRA's: tune it between 1e-2 and 1. A pure rescaling
+    of directions that are there can be too weak for data far from the base's.
 
     Attributes:
         r: How many singular values train; `"all"` for min(out, in). Default None: as many as hold `energy`. The paper's
