@@ -1,0 +1,281 @@
+"""Permute the hidden units of one network so that its weights come as close to another's as can be found."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from weightlab.merge.permutation import Permutation, apply_permutation, check_groups
+from weightlab.merge.permutation_spec import Factors, PermutationSpec
+
+# Sums of float32 products cannot tell a smaller gain, relative to the norms, from rounding.
+_ROUNDING = 16
+
+
+@dataclass(frozen=True, eq=False)
+class WeightMatching(Permutation):
+    """A permutation that `weight_matching` found, and how good it is.
+
+    Attributes:
+        objective: Inner product of A with the permuted B, over all tensors but integers and running statistics.
+        distance: Euclidean distance of A and the permuted B, over the same.
+        sweeps: Rounds through the groups that the best start took.
+    """
+
+    objective: float
+    distance: float
+    sweeps: int
+
+
+@torch.no_grad()
+def weight_matching(
+    params_a: Mapping[str, Tensor],
+    params_b: Mapping[str, Tensor],
+    spec: PermutationSpec,
+    *,
+    n_restarts: int = 5,
+    max_sweeps: int = 100,
+    init: Permutation | None = None,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> WeightMatching:
+    r"""Find the permutation π of B's units that minimises :math:`\|\theta_a - \pi(\theta_b)\|^2`.
+
+    Coordinate descent: groups are visited in random order, and each takes the best permutation given the others', by
+    a linear assignment, until none can gain. The distance never grows. The result is a local optimum, even
+    where B is a permutation of A (with one group it is the optimum), which is why it is sought
+    several times, in other orders.
+
+    Three shortcuts leave the result what it is: products with B are done again only for tensors of which another group
+    has moved; groups without such are not visited; and where the largest entry of every row of the matrix of
+    similarities lies in a column of its own, it is the assignment.
+
+    Args:
+        params_a: Tensors of the reference by name, such as a state dict.
+        params_b: Tensors of the network to permute: the same names and shapes.
+        spec: Which axes move together. Running statistics of norms (`running_mean`, `running_var`) and integers follow
+            their group and have no say.
+        n_restarts: Orders to try; the best result is returned. Default 5. It ends early at distance 0.
+        max_sweeps: Rounds through all groups in one of them, as in the official code of Git Re-Basin. Default 100.
+        init: Where to start. Default None: the identity.
+        generator: For the order of visits, on the CPU. Default None: PyTorch's.
+        device: Where to multiply matrices. Default None: where each group's first tensor of A lies. Assignments are
+            solved on the CPU.
+
+    Returns:
+        The permutation, to be applied to B, with index vectors on the CPU.
+
+    Raises:
+        ValueError: If names or shapes of A and B differ, `spec` does not fit them, an entry is not finite, or a
+            number is below 1.
+
+    Complexity:
+        For a visit to a group of size n, a product of 2n² times the rest of the tensor flops for each tensor with a
+        moved neighbour, and an assignment of O(n³) at worst. Memory: n² numbers for each such tensor, and for each
+        of its groups a copy of A's tensor.
+
+    Reference:
+        "Analysis of Linear Mode Connectivity via Permutation-Based Weight Matching", arXiv 2402.04051; the algorithm
+        is that of "Git Re-Basin", arXiv 2209.04836.
+
+    Example:
+        >>> from weightlab.merge import PermutationSpec, apply_permutation
+        >>> spec = PermutationSpec({"0.weight": ("h", None), "0.bias": ("h",), "2.weight": (None, "h")})
+        >>> a = {"0.weight": torch.randn(8, 3), "0.bias": torch.randn(8), "2.weight": torch.randn(2, 8)}
+        >>> b = apply_permutation(spec, Permutation.random({"h": 8}), a)
+        >>> found = weight_matching(a, b, spec)
+        >>> found.distance, bool((apply_permutation(spec, found, b)["0.weight"] == a["0.weight"]).all())
+        (0.0, True)
+    """
+    for name, number in (("n_restarts", n_restarts), ("max_sweeps", max_sweeps)):
+        if number < 1:
+            raise ValueError(f"{name} must be at least 1, got {number}")
+    check_same_tensors(params_a, params_b)
+    sizes = spec.group_sizes(params_a)
+    compared = [name for name in sorted(params_a) if _compared(name, params_a[name])]
+    for name in compared:
+        for which, params in (("params_a", params_a), ("params_b", params_b)):
+            if not params[name].isfinite().all():
+                raise ValueError(f"{name} of {which} has entries that are not finite")
+    known = spec.factors(params_a)
+    factors = {name: known[name] for name in compared if name in known}
+    start = Permutation.identity(sizes)
+    if init is not None:
+        check_groups(sizes, init)
+        start = Permutation({**start.indices, **{g: index.cpu() for g, index in init.indices.items()}})
+
+    groups = [_Group(group, factors, params_a, params_b, device) for group in sorted(sizes)]
+    best: WeightMatching | None = None
+    for _ in range(n_restarts):
+        indices, sweeps = _descend(groups, dict(start.indices), max_sweeps, generator)
+        objective, distance = _compare(params_a, params_b, spec, Permutation(indices), compared)
+        if best is None or objective > best.objective:
+            best = WeightMatching(indices, objective, distance, sweeps)
+        if best.distance == 0 or len(groups) < 2:
+            break
+    assert best is not None
+    return best
+
+
+def check_same_tensors(params_a: Mapping[str, Tensor], params_b: Mapping[str, Tensor]) -> None:
+    """Raise ValueError, naming the first, if two networks' tensors differ in names or shapes."""
+    for name in [*params_a, *params_b]:
+        if name not in params_b or name not in params_a:
+            raise ValueError(f"{name} is only in {'params_a' if name in params_a else 'params_b'}")
+        if params_a[name].shape != params_b[name].shape:
+            raise ValueError(
+                f"{name} has shape {tuple(params_a[name].shape)} in params_a and {tuple(params_b[name].shape)} in "
+                "params_b"
+            )
+
+
+def best_assignment(similarity: Tensor) -> Tensor:
+    """The permutation p with the largest sum of ``similarity[i, p[i]]``.
+
+    Args:
+        similarity: Square matrix, finite, on any device.
+
+    Returns:
+        Indices, int64 of shape (n,), on the CPU.
+
+    Complexity:
+        O(n³) at worst, O(n²) where the largest entries of the rows lie in columns of their own.
+
+    Example:
+        >>> best_assignment(torch.tensor([[1.0, 3.0], [2.0, 4.1]])).tolist()
+        [0, 1]
+    """
+    largest = similarity.argmax(dim=1).cpu()
+    if len(largest.unique()) == len(largest):
+        return largest
+    _, columns = linear_sum_assignment(similarity.double().cpu().numpy(), maximize=True)
+    return torch.from_numpy(columns)
+
+
+class _Group:
+    """Similarities of A's units with B's for one group, kept as long as they hold."""
+
+    def __init__(
+        self,
+        name: str,
+        factors: Mapping[str, Factors],
+        params_a: Mapping[str, Tensor],
+        params_b: Mapping[str, Tensor],
+        device: torch.device | str | None,
+    ) -> None:
+        self.name = name
+        self.coupled: list[_Coupled] = []
+        self.alone: Tensor | None = None
+        self.noise = 0.0
+        self.size = 0
+        for tensor, parts in factors.items():
+            axis = next((i for i, (group, _) in enumerate(parts) if group == name), None)
+            if axis is None:
+                continue
+            self.size = parts[axis][1]
+            a, b = params_a[tensor], params_b[tensor]
+            device = a.device if device is None else device
+            dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+            shape = [size for _, size in parts]
+            a, b = (x.to(device, dtype).reshape(shape).movedim(axis, 0) for x in (a, b))
+            self.noise += _ROUNDING * torch.finfo(dtype).eps * float(a.norm() * b.norm())
+            neighbours = [group for i, (group, _) in enumerate(parts) if i != axis]
+            flat = a.reshape(self.size, -1).contiguous()
+            if any(neighbours):
+                self.coupled.append(_Coupled(flat, b, neighbours))
+            else:
+                product = flat @ b.reshape(self.size, -1).T
+                self.alone = product if self.alone is None else self.alone + product
+
+    def similarity(self, indices: Mapping[str, Tensor], moves: Mapping[str, int]) -> Tensor:
+        """Matrix of shape (size, size): what each unit of B in each place of A adds to the objective."""
+        products = [part.product(indices, moves) for part in self.coupled]
+        if self.alone is not None:
+            products.append(self.alone)
+        total = products[0]
+        for product in products[1:]:
+            total = total + product
+        return total
+
+    def stamp(self, moves: Mapping[str, int]) -> tuple[int, ...]:
+        """Changes whenever a neighbour has moved."""
+        return tuple(moves[g] for part in self.coupled for g in part.neighbours if g is not None)
+
+
+class _Coupled:
+    """A tensor of a group that other groups permute as well."""
+
+    def __init__(self, a: Tensor, b: Tensor, neighbours: list[str | None]) -> None:
+        self.a, self.b, self.neighbours = a, b, neighbours
+        self.stamp: tuple[int, ...] | None = None
+        self.cached = a
+
+    def product(self, indices: Mapping[str, Tensor], moves: Mapping[str, int]) -> Tensor:
+        stamp = tuple(moves[g] for g in self.neighbours if g is not None)
+        if stamp != self.stamp:
+            b = self.b
+            for axis, group in enumerate(self.neighbours, start=1):
+                if group is not None:
+                    b = b.index_select(axis, indices[group].to(b.device))
+            self.cached, self.stamp = self.a @ b.reshape(len(b), -1).T, stamp
+        return self.cached
+
+
+def _descend(
+    groups: list[_Group], indices: dict[str, Tensor], max_sweeps: int, generator: torch.Generator | None
+) -> tuple[dict[str, Tensor], int]:
+    # Numbers that never come twice, so that what an earlier start has left in the caches is not taken for new; the
+    # start itself is 0 and its products are shared.
+    clock = max(
+        (stamp for group in groups for part in group.coupled for stamp in part.stamp or (0,)), default=0
+    )
+    moves = dict.fromkeys(indices, 0)
+    settled: dict[str, tuple[int, ...]] = {}
+    for sweep in range(1, max_sweeps + 1):
+        progress = False
+        for i in torch.randperm(len(groups), generator=generator).tolist():
+            group = groups[i]
+            stamp = group.stamp(moves)
+            if settled.get(group.name) == stamp or not (group.coupled or group.alone is not None):
+                continue
+            settled[group.name] = stamp
+            similarity = group.similarity(indices, moves)
+            old, new = indices[group.name], best_assignment(similarity)
+            if _total(similarity, new) - _total(similarity, old) > group.noise:
+                indices[group.name] = new
+                clock += 1
+                moves[group.name] = clock
+                progress = True
+        if not progress:
+            return indices, sweep
+    return indices, max_sweeps
+
+
+def _total(similarity: Tensor, index: Tensor) -> float:
+    return float(similarity.gather(1, index.to(similarity.device)[:, None]).double().sum())
+
+
+def _compare(
+    params_a: Mapping[str, Tensor],
+    params_b: Mapping[str, Tensor],
+    spec: PermutationSpec,
+    perm: Permutation,
+    names: Iterable[str],
+) -> tuple[float, float]:
+    moved = apply_permutation(spec, perm, params_b)
+    objective = distance = 0.0
+    for name in names:
+        a = params_a[name].double()
+        b = moved[name].to(a.device, torch.float64)
+        objective += float((a * b).sum())
+        distance += float((a - b).square().sum())
+    return objective, math.sqrt(distance)
+
+
+def _compared(name: str, tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and name.rpartition(".")[2] not in ("running_mean", "running_var")
