@@ -22,7 +22,7 @@ from weightlab.papers import all_papers
 from weightlab.trial import run_trial
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ("adapters", "linalg", "merge", "nn", "optim", "papers", "tasks", "train", "trial")
+ROOMS = ("adapters", "inspect", "linalg", "merge", "nn", "optim", "papers", "tasks", "train", "trial")
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 

@@ -9,13 +9,26 @@ from typing import TYPE_CHECKING
 from weightlab._lazy import exports
 
 if TYPE_CHECKING:
-    from weightlab import adapters, exceptions, linalg, merge, nn, optim, papers, tasks, train, trial
+    from weightlab import adapters, exceptions, inspect, linalg, merge, nn, optim, papers, tasks, train, trial
 
 __version__ = "0.1.0"
 
 __getattr__, __dir__, __all__ = exports(
     __name__,
     dict.fromkeys(
-        ["adapters", "exceptions", "linalg", "merge", "nn", "optim", "papers", "tasks", "train", "trial"], ""
+        [
+            "adapters",
+            "exceptions",
+            "inspect",
+            "linalg",
+            "merge",
+            "nn",
+            "optim",
+            "papers",
+            "tasks",
+            "train",
+            "trial",
+        ],
+        "",
     ),
 )
