@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from weightlab.exceptions import UsageError
-from weightlab.inspect import FLAGS, esd, layer_report
+from weightlab.inspect import FLAGS, esd, layer_report, randomized_control
 
 
 def gaussian(*shape, seed=0):
@@ -198,6 +198,42 @@ def test_progress_and_spectra():
     assert told == [(0, 2, "a"), (1, 2, "b")]
     assert torch.equal(report.eigenvalues["a"], esd(weights["a"]))
     assert layer_report(weights).eigenvalues == {}
+
+
+def test_randomized_control_is_added_on_demand():
+    spiked = gaussian(40, 60)
+    spiked[3, 4] = 60.0
+    weights = {"spiked": spiked, "conv": heavy(16, 72).reshape(16, 8, 3, 3)}
+    plain = layer_report(weights)
+    assert all(row.n_traps is None and math.isnan(row.rand_max) for row in plain.rows)
+    report = layer_report(weights, randomize=True, seed=3)
+    assert [row.alpha for row in report.rows] == [row.alpha for row in plain.rows]
+    for row in report.rows:
+        control = randomized_control(weights[row.name], seed=3)
+        assert (row.rand_max, row.rand_softrank, row.n_traps) == (
+            control.max_eigenvalue,
+            control.softrank,
+            control.n_traps,
+        )
+    assert report.flags["traps"] == ("spiked",)
+    (divided, _) = layer_report(weights, randomize=True, seed=3, normalize="1/N").rows
+    assert divided.rand_max == pytest.approx(report.rows[0].rand_max / 60)
+    assert divided.rand_softrank == pytest.approx(report.rows[0].rand_softrank)
+
+
+def test_a_lora_folder_has_the_spectra_of_its_changes(tmp_path):
+    A, B = gaussian(10, 50), gaussian(40, 10, seed=1)
+    name = "base_model.model.q.lora_{}.weight"
+    save_file({name.format("A"): A, name.format("B"): B}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "lora_alpha": 20}')
+    (row,) = layer_report(tmp_path, randomize=True).rows
+    expected = torch.linalg.svdvals(2 * B.double() @ A.double())[:10].square()
+    assert (row.name, row.kind, row.shape, row.n_eigenvalues) == ("q", "delta", (40, 50), 10)
+    assert row.log_norm == pytest.approx(math.log10(expected.sum()))
+    assert "rank-deficient" not in row.flags
+    assert row.n_traps is None
+    (divided,) = layer_report(tmp_path, normalize="1/N").rows
+    assert divided.log_norm == pytest.approx(row.log_norm - math.log10(50))
 
 
 def test_json_csv_and_table(tmp_path):

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from weightlab.inspect.erg import ErgCount, erg_count
     from weightlab.inspect.layers import Layer, walk_layers
     from weightlab.inspect.power_law import PowerLawFit, fit_power_law
+    from weightlab.inspect.randomized import RandomizedControl, randomized_control
     from weightlab.inspect.report import (
         FLAGS,
         LayerRow,
@@ -28,6 +29,7 @@ __getattr__, __dir__, __all__ = exports(
         "Layer": ".layers",
         "LayerRow": ".report",
         "PowerLawFit": ".power_law",
+        "RandomizedControl": ".randomized",
         "Report": ".report",
         "TensorInfo": ".checkpoint",
         "erg_count": ".erg",
@@ -36,6 +38,7 @@ __getattr__, __dir__, __all__ = exports(
         "inspect_layer": ".report",
         "layer_report": ".report",
         "make_report": ".report",
+        "randomized_control": ".randomized",
         "walk_layers": ".layers",
     },
 )

@@ -21,6 +21,7 @@ from weightlab.inspect.checkpoint import Checkpoint, Source
 from weightlab.inspect.erg import erg_count
 from weightlab.inspect.layers import Layer, walk_layers
 from weightlab.inspect.power_law import fit_power_law
+from weightlab.inspect.randomized import RandomizedControl, randomized_control
 from weightlab.inspect.spectrum import SLICE_FACTOR, ConvView, Normalization, esd
 from weightlab.linalg.power_law import SmallN
 
@@ -30,6 +31,7 @@ FLAGS = {
     "over-trained": "α is under 2: the tail is heavier than the theory's ideal; often too large a learning rate",
     "under-trained": "α is over 6: hardly a power law, as in random matrices",
     "uncertain": "fewer than 10 eigenvalues in the tail, or σ/α of 0.3 or more: α is mostly noise",
+    "traps": "with its entries shuffled, the weight has eigenvalues beyond a random matrix's: a few entries are huge",
     "rank-deficient": "some singular values are zero to the precision of the stored type",
     "non-finite": "the weight holds NaN or infinity",
 }
@@ -82,6 +84,13 @@ class LayerRow:
         log_spectral_norm: log₁₀ λ_max.
         log_alpha_norm: log₁₀ Σ λ^α.
         orthogonality: Root mean square of σ² − 1, over the singular values of the matrices as they are stored.
+        rand_max: Largest eigenvalue with shuffled entries; this and the following are those of
+            [`RandomizedControl`][weightlab.inspect.RandomizedControl], and NaN or None unless asked for.
+        rand_softrank: `rand_max` of one shuffle over `xmax`.
+        rand_distance: Distance between spectrum and shuffled spectrum.
+        rand_sigma_mp: Scale of the Marchenko-Pastur law of the shuffled.
+        rand_bulk_max: Its end.
+        n_traps: Number of eigenvalues of a shuffle beyond it.
         flags: Names from `FLAGS`.
     """
 
@@ -109,6 +118,12 @@ class LayerRow:
     log_spectral_norm: float = math.nan
     log_alpha_norm: float = math.nan
     orthogonality: float = math.nan
+    rand_max: float = math.nan
+    rand_softrank: float = math.nan
+    rand_distance: float = math.nan
+    rand_sigma_mp: float = math.nan
+    rand_bulk_max: float = math.nan
+    n_traps: int | None = None
     flags: tuple[str, ...] = ()
 
 
@@ -182,6 +197,8 @@ def layer_report(
     conv: ConvView = "slices",
     normalize: Normalization = "none",
     small_n: SmallN = "bias_corrected",
+    randomize: bool = False,
+    seed: int = 0,
     dtype: torch.dtype = torch.float64,
     device: torch.device | str | None = None,
     min_eigenvalues: int = 8,
@@ -200,6 +217,8 @@ def layer_report(
         conv: How a kernel is made matrices; see [`esd`][weightlab.inspect.esd].
         normalize: Scale of the eigenvalues; see [`esd`][weightlab.inspect.esd].
         small_n: Rule for fewer than 20 eigenvalues; see [`fit_power_law`][weightlab.inspect.fit_power_law].
+        randomize: Whether to compare with shuffled entries; not for a LoRA's changes. At least twice the time.
+        seed: Seed of the shuffles.
         dtype: Type to compute in. float32 is faster, and leaves out ranks and entropy, which it does not support.
         device: Where to compute. Default: where each tensor is.
         min_eigenvalues: Layers with fewer are not fitted (status `"too small"`). Default: WeightWatcher's.
@@ -242,6 +261,8 @@ def layer_report(
             conv=conv,
             normalize=normalize,
             small_n=small_n,
+            randomize=randomize,
+            seed=seed,
             dtype=dtype,
             device=device,
             min_eigenvalues=min_eigenvalues,
@@ -292,6 +313,8 @@ def inspect_layer(
     conv: ConvView = "slices",
     normalize: Normalization = "none",
     small_n: SmallN = "bias_corrected",
+    randomize: bool = False,
+    seed: int = 0,
     dtype: torch.dtype = torch.float64,
     device: torch.device | str | None = None,
     min_eigenvalues: int = 8,
@@ -301,7 +324,7 @@ def inspect_layer(
 
     Args:
         layer: From [`walk_layers`][weightlab.inspect.walk_layers].
-        conv, normalize, small_n, dtype, device, min_eigenvalues, max_eigenvalues: As for
+        conv, normalize, small_n, randomize, seed, dtype, device, min_eigenvalues, max_eigenvalues: As for
             [`layer_report`][weightlab.inspect.layer_report].
 
     Returns:
@@ -340,7 +363,24 @@ def inspect_layer(
     divisor = max(sides) if normalize == "1/N" else 1
     evals = esd(weight, conv=conv, dtype=dtype) / divisor
     scale = (SLICE_FACTOR if sliced else 1.0) / divisor
-    return _row(facts, evals, weight.dtype, max(sides), scale, small_n, min_eigenvalues), evals
+    row = _row(facts, evals, weight.dtype, max(sides), scale, small_n, min_eigenvalues)
+    if randomize and layer.kind != "delta":
+        control = randomized_control(weight, conv=conv, seed=seed, evals=evals * divisor, dtype=dtype)
+        # Among slices of a kernel, those of a large norm look like traps.
+        trapped = () if sliced or not control.n_traps else ("traps",)
+        row = dataclasses.replace(row, **_control(control, divisor), flags=(*row.flags, *trapped))
+    return row, evals
+
+
+def _control(control: RandomizedControl, divisor: int) -> dict[str, Any]:
+    return {
+        "rand_max": control.max_eigenvalue / divisor,
+        "rand_softrank": control.softrank,
+        "rand_distance": control.distance,
+        "rand_sigma_mp": control.sigma_mp,
+        "rand_bulk_max": control.bulk_max / divisor,
+        "n_traps": control.n_traps,
+    }
 
 
 def _row(
