@@ -123,6 +123,7 @@ def test_statuses_and_the_rest_goes_on():
     report = layer_report(
         {
             "broken": broken,
+            "infinite": torch.full((20, 20), -math.inf).bfloat16(),
             "zero": torch.zeros(20, 30),
             "small": gaussian(3, 30),
             "wide": gaussian(70, 80),
@@ -133,19 +134,20 @@ def test_statuses_and_the_rest_goes_on():
     )
     assert {row.name: row.status for row in report.rows} == {
         "broken": "non-finite",
+        "infinite": "non-finite",
         "zero": "too few",
         "small": "too small",
         "wide": "too large",
         "identity": "degenerate",
         "good": "ok",
     }
-    assert report.flags["non-finite"] == ("broken",)
+    assert report.flags["non-finite"] == ("broken", "infinite")
     assert set(report.flags) <= set(FLAGS)
     for row in report.rows[:-1]:
         assert math.isnan(row.alpha)
         assert row.n_tail is None
-    assert report.rows[2].log_norm == pytest.approx(math.log10(float(esd(gaussian(3, 30)).sum())))
-    assert report.summary["layers"] == 6
+    assert report.rows[3].log_norm == pytest.approx(math.log10(float(esd(gaussian(3, 30)).sum())))
+    assert report.summary["layers"] == 7
     assert report.summary["fitted"] == 1
     assert report.summary["alpha"] == report.rows[-1].alpha
 
@@ -254,6 +256,31 @@ def test_json_csv_and_table(tmp_path):
     assert "good" in shown
     assert f"{report.rows[0].alpha:.3g}" in shown
     assert "too small" in shown
+
+
+def test_plot_shows_the_fitted_layers(tmp_path):
+    report = layer_report({"a": heavy(40, 60), "small": gaussian(3, 3), "b": heavy(30, 60, power=0.05)})
+    figure = report.plot()
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["a", "b"]
+    assert list(axes.lines[0].get_ydata()) == [report.rows[0].alpha, report.rows[2].alpha]  # type: ignore[call-overload]
+    figure.savefig(tmp_path / "alpha.png")
+    assert (tmp_path / "alpha.png").read_bytes().startswith(b"\x89PNG")
+    assert layer_report({"small": gaussian(3, 3)}).plot().axes
+
+
+def test_notebooks_show_the_table():
+    shown = layer_report({"good": heavy(40, 60)})._repr_mimebundle_([], [])  # type: ignore[arg-type]
+    assert "good" in shown["text/html"]
+
+
+@pytest.mark.parametrize(
+    ("weight", "dtype"),
+    [(torch.full((9, 9), 1e30), torch.float32), (torch.eye(9).double() * 1e160, torch.float64)],
+)
+def test_entries_whose_squares_overflow(weight, dtype):
+    report = layer_report({"w": weight, "good": heavy(40, 60)}, dtype=dtype)
+    assert [row.status for row in report.rows] == ["out of range", "ok"]
 
 
 def test_bad_input():

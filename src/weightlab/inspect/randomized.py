@@ -122,8 +122,10 @@ def randomized_control(
 def _shuffled(weight: Tensor, conv: ConvView, generator: torch.Generator) -> Tensor:
     positions = weight[0, 0].numel() if conv == "slices" else 1
     entries = weight.reshape(-1, positions)
-    order = [torch.randperm(len(entries), generator=generator) for _ in range(positions)]
-    return entries.gather(0, torch.stack(order, 1).to(weight.device)).reshape(weight.shape)
+    order = (torch.randperm(len(entries), generator=generator).to(weight.device) for _ in range(positions))
+    return torch.stack([column[o] for column, o in zip(entries.unbind(1), order, strict=True)], 1).reshape(
+        weight.shape
+    )
 
 
 def _jensen_shannon(p: Tensor, q: Tensor) -> float:

@@ -11,12 +11,14 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from rich.jupyter import JupyterMixin
 from rich.table import Table
 from torch import Tensor
 
+from weightlab._lazy import require
 from weightlab.inspect.checkpoint import Checkpoint, Source
 from weightlab.inspect.erg import erg_count
 from weightlab.inspect.layers import Layer, walk_layers
@@ -24,6 +26,9 @@ from weightlab.inspect.power_law import fit_power_law
 from weightlab.inspect.randomized import RandomizedControl, randomized_control
 from weightlab.inspect.spectrum import SLICE_FACTOR, ConvView, Normalization, esd
 from weightlab.linalg.power_law import SmallN
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Tell = Callable[[int, int, str], None]
 
@@ -63,7 +68,8 @@ class LayerRow:
         shape: Shape of the weight.
         dtype: Stored type, e.g. `"bfloat16"`.
         status: `"ok"`; `"too small"`, `"too large"` (for the limits that were given), `"too few"`, `"degenerate"` (as
-            for [`PowerLawFit`][weightlab.inspect.PowerLawFit]), `"non-finite"` or `"unreadable type"`.
+            for [`PowerLawFit`][weightlab.inspect.PowerLawFit]), `"non-finite"`, `"out of range"` (entries so large that
+            eigenvalues overflow) or `"unreadable type"`.
         n_eigenvalues: Number of eigenvalues.
         alpha: Exponent α of the tail.
         alpha_hat: α · log₁₀ λ_max.
@@ -128,7 +134,7 @@ class LayerRow:
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(JupyterMixin):
     """The spectra of a model.
 
     Attributes:
@@ -165,6 +171,31 @@ class Report:
 
     def __rich__(self) -> Table:
         return self.table()
+
+    def plot(self) -> Figure:
+        """Draw the exponent of each fitted layer with its standard error, and the ranges that have flags.
+
+        Returns:
+            A `matplotlib.figure.Figure`; save it with `savefig`.
+
+        Raises:
+            MissingDependencyError: If matplotlib is not installed.
+        """
+        figure: Figure = require("matplotlib.figure", "trial").Figure(figsize=(8, 4), layout="constrained")
+        axes = figure.subplots()
+        fitted = [row for row in self.rows if row.status == "ok"]
+        places = range(len(fitted))
+        alphas = [row.alpha for row in fitted]
+        axes.errorbar(places, alphas, [row.sigma for row in fitted], fmt="o", markersize=4, capsize=2)
+        axes.axhspan(0, 2, color="tab:red", alpha=0.1, label="over-trained (α < 2)")
+        axes.axhspan(
+            6, max(8.0, *alphas, 0.0) + 1, color="tab:orange", alpha=0.1, label="under-trained (α > 6)"
+        )
+        if len(fitted) <= 40:
+            axes.set_xticks(places, [row.name for row in fitted], rotation=90, fontsize=7)
+        axes.set(title=self.source, ylabel="α", ylim=(0, max(8.0, *alphas, 0.0) + 1))
+        axes.legend(loc="upper right", fontsize=8)
+        return figure
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """Return all numbers as JSON, NaN and infinity as null, and write it to `path` if given."""
@@ -357,8 +388,11 @@ def inspect_layer(
     weight = weight if device is None else weight.to(device)
     if layer.dtype.itemsize == 1:
         weight = weight.float()  # 8-bit types have no arithmetic.
-    if not bool(weight.isfinite().all()):
+    largest = float(torch.stack(weight.aminmax()).double().abs().max())
+    if not math.isfinite(largest):
         return LayerRow(**facts, status="non-finite", flags=("non-finite",)), None
+    if largest > math.sqrt(torch.finfo(dtype).max / weight.numel()):
+        return LayerRow(**facts, status="out of range"), None
     # A delta's stand-in is smaller than the weight, so that N is not its own.
     divisor = max(sides) if normalize == "1/N" else 1
     evals = esd(weight, conv=conv, dtype=dtype) / divisor
