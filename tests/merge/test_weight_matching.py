@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from weightlab.merge import Permutation, PermutationSpec, apply_permutation, weight_matching
-from weightlab.merge.weight_matching import best_assignment
+from weightlab.merge.weight_descent import best_assignment
 
 
 def mlp_spec(layers: int) -> PermutationSpec:

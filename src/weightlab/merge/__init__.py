@@ -5,18 +5,27 @@ from typing import TYPE_CHECKING
 from weightlab._lazy import exports
 
 if TYPE_CHECKING:
+    from weightlab.merge.activation_assignment import activation_matching
+    from weightlab.merge.interpolation import LossBarrier, interpolate, loss_barrier
     from weightlab.merge.permutation import Permutation, apply_permutation, check_equivalence
     from weightlab.merge.permutation_spec import PermutationSpec
-    from weightlab.merge.weight_matching import WeightMatching, weight_matching
+    from weightlab.merge.singular_vectors import SingularAlignment, singular_alignment
+    from weightlab.merge.weight_descent import WeightMatching, weight_matching
 
 __getattr__, __dir__, __all__ = exports(
     __name__,
     {
+        "LossBarrier": ".interpolation",
         "Permutation": ".permutation",
         "PermutationSpec": ".permutation_spec",
-        "WeightMatching": ".weight_matching",
+        "SingularAlignment": ".singular_vectors",
+        "WeightMatching": ".weight_descent",
+        "activation_matching": ".activation_assignment",
         "apply_permutation": ".permutation",
         "check_equivalence": ".permutation",
-        "weight_matching": ".weight_matching",
+        "interpolate": ".interpolation",
+        "loss_barrier": ".interpolation",
+        "singular_alignment": ".singular_vectors",
+        "weight_matching": ".weight_descent",
     },
 )
