@@ -9,9 +9,10 @@ def gaussian(*shape, dtype=torch.float64, seed=0):
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 7), (12, 12), (5, 33), (33, 5), (2, 3, 8, 6)])
-@pytest.mark.parametrize("chunk", [1, 50, 1 << 22])
-def test_are_squared_singular_values(shape, chunk, monkeypatch):
+@pytest.mark.parametrize(("chunk", "strip"), [(1, 3), (50, 5), (1 << 22, 1), (1 << 22, 256)])
+def test_are_squared_singular_values(shape, chunk, strip, monkeypatch):
     monkeypatch.setattr(gram_spectrum, "_CHUNK", chunk)
+    monkeypatch.setattr(gram_spectrum, "_STRIP", strip)
     W = gaussian(*shape)
     expected = torch.linalg.svdvals(W).square().flip(-1)
     found = gram_eigenvalues(W)

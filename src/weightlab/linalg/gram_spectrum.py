@@ -7,6 +7,8 @@ from torch import Tensor
 
 # Entries of W converted at a time, so that no second copy of a large matrix exists.
 _CHUNK = 1 << 22
+# Rows of the Gram matrix computed at a time, from the left end to the diagonal.
+_STRIP = 256
 
 
 @torch.no_grad()
@@ -31,7 +33,7 @@ def gram_eigenvalues(W: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
             squares are out of the range of `dtype`).
 
     Complexity:
-        `2·m²·n + (4/3)·m³` flops a matrix, for m ≤ n.
+        `m²·n + (4/3)·m³` flops a matrix, for m ≤ n, and up to twice the first for m under 1024.
 
     Example:
         >>> gram_eigenvalues(torch.tensor([[3.0, 0.0, 0.0], [0.0, 0.0, -2.0]]))
@@ -54,10 +56,13 @@ def gram_eigenvalues(W: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
     gram = matrices.new_zeros(len(matrices), m, m, dtype=dtype)
     for chunk in matrices.split(max(1, _CHUNK // (len(matrices) * m)), dim=-1):
         converted = chunk.to(dtype)
-        gram.baddbmm_(converted, converted.mT)
+        # The eigensolver reads the lower triangle only.
+        for start in range(0, m, _STRIP):
+            rows = slice(start, start + _STRIP)
+            gram[:, rows, : rows.stop].baddbmm_(converted[:, rows], converted[:, : rows.stop].mT)
     if not bool(gram.isfinite().all()):
         raise ValueError(
             f"W holds NaN or infinity, or entries whose squares overflow {dtype}, and has no spectrum; "
             "look for a broken checkpoint"
         )
-    return torch.linalg.eigvalsh(gram).clamp_min_(0).reshape(*batch, m)
+    return torch.linalg.eigvalsh(gram, UPLO="L").clamp_min_(0).reshape(*batch, m)
