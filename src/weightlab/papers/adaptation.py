@@ -1,11 +1,12 @@
 """Claims about adapters: arms on an adaptation task, each tuned alike, and what became of each seed.
 
-What a run costs on one CPU core at the tasks' default sizes, 8 evaluations included (measured in processor time, so
-the same beside other work): on `adapt-digits` 400 steps take 1.2 s (`bitfit`) to 3 s (`bone-affine`, `svfit`,
-`random-diagonal`), 1.8 s with `lora`; on `adapt-code` and `adapt-gpt` 300 steps take about 7 s. Each seed's model is
-pre-trained once a machine and kept: about 1 s on digits, 12 s on text, for each report seed and one tuning seed. A
-trial has arms × (tuning points + seeds) runs: 8 arms × (8 + 8) on digits are about 4 minutes on one core, 2 on
-two. Only arms given by name use the second core, by `--engine process`; `variant` gives the name where nothing is fixed.
+What a run costs at the tasks' default sizes, 8 evaluations included, in processor time on a busy machine (a free core is
+up to twice as fast): on `adapt-digits` 400 steps take 1.2 s (`bitfit`) to 3 s (`bone-affine`, `svfit`), 1.8 s with
+`lora`; on `adapt-code` and `adapt-gpt` 300 steps take 15 s (`full-finetune`) to 24 s (`svfit`), 18 s with `lora`.
+Each seed's model is pre-trained once a machine and kept: 1 s on digits, 28 s on text, for each report seed and one tuning
+seed. A trial has arms × (tuning points + seeds) runs: 8 arms × (8 + 8) on digits are about 4 minutes on one core, 2 on
+two; 4 arms × (4 + 5) on text about 13 and 7. Only arms given by name use the second core, by `--engine process`; `variant`
+gives the name where nothing is fixed.
 """
 
 from __future__ import annotations
