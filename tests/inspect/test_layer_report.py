@@ -97,6 +97,22 @@ def test_scale_moves_norms_alone():
     assert divided.orthogonality == pytest.approx(plain.orthogonality)
 
 
+def test_what_leaves_singular_values_leaves_the_row():
+    weight = heavy(40, 60).double()
+    Q = torch.linalg.qr(gaussian(40, 40, seed=5).double()).Q
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
+    (plain,) = layer_report({"w": weight}).rows
+    for same in (weight.mT, weight[:, order], weight.flip(0), Q @ weight):
+        (row,) = layer_report({"w": same}).rows
+        for name in ("alpha", "ks", "xmin", "alpha_hat", "erg_eigenvalue", "entropy", "orthogonality"):
+            assert getattr(row, name) == pytest.approx(getattr(plain, name), rel=1e-9), name
+        assert (row.n_tail, row.erg_count, row.matrix_rank) == (
+            plain.n_tail,
+            plain.erg_count,
+            plain.matrix_rank,
+        )
+
+
 def test_orthonormal_weights_have_no_deviation():
     Q = torch.linalg.qr(gaussian(30, 12)).Q
     kernel = torch.stack([torch.linalg.qr(gaussian(12, 9, seed=seed)).Q for seed in range(4)], -1).reshape(

@@ -93,6 +93,8 @@ def test_adapters_that_are_none(tmp_path):
         list(walk_layers(adapter(tmp_path, {"q.lora_A.weight": A, "q.lora_B.weight": B.mT.contiguous()})))
     with pytest.raises(UsageError, match="of type BONE, not a LoRA"):
         list(walk_layers(adapter(tmp_path, {"q.bone": A}, peft_type="BONE")))
+    with pytest.raises(UsageError, match="trained with DoRA"):
+        list(walk_layers(adapter(tmp_path, {"q.lora_A.weight": A, "q.lora_B.weight": B}, use_dora=True)))
     with pytest.raises(UsageError, match="holds no LoRA"):
         list(walk_layers(adapter(tmp_path, {"q.other": A})))
     with pytest.raises(UsageError, match="no lora_alpha"):

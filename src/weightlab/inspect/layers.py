@@ -125,6 +125,11 @@ def _deltas(checkpoint: Checkpoint) -> Iterator[Layer]:
         raise UsageError(
             f"{checkpoint.source} holds an adapter of type {config.get('peft_type')}, not a LoRA"
         )
+    if config.get("use_dora"):
+        raise UsageError(
+            f"{checkpoint.source} was trained with DoRA, whose change of a weight depends on the weight; merge it into its "
+            "base and read that"
+        )
     factors: dict[str, dict[str, str]] = {}
     for name in checkpoint:
         if match := _FACTOR.fullmatch(name):

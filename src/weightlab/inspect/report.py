@@ -250,7 +250,8 @@ def layer_report(
         small_n: Rule for fewer than 20 eigenvalues; see [`fit_power_law`][weightlab.inspect.fit_power_law].
         randomize: Whether to compare with shuffled entries; not for a LoRA's changes. At least twice the time.
         seed: Seed of the shuffles.
-        dtype: Type to compute in. float32 is faster, and leaves out ranks and entropy, which it does not support.
+        dtype: Type to compute in. float32 is faster, leaves out ranks and entropy, which it does not support, and
+            gives another α where the tail reaches down to eigenvalues under about `1e-6 · λ_max`.
         device: Where to compute. Default: where each tensor is.
         min_eigenvalues: Layers with fewer are not fitted (status `"too small"`). Default: WeightWatcher's.
         max_eigenvalues: Layers with more are not read (status `"too large"`). Default: WeightWatcher's.
