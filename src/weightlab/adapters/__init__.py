@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from weightlab.adapters.basis import shared_basis
     from weightlab.adapters.block_affine import BlockAffine, bone_linear, bone_weight
     from weightlab.adapters.bone import BoneConfig
-    from weightlab.adapters.eva import eva_init_
+    from weightlab.adapters.eva import EvaReport, eva_init_
     from weightlab.adapters.interference import crosstalk
     from weightlab.adapters.merging import merge_adapters
     from weightlab.adapters.orthogonal import freeze_basis_, orthogonal_lora_
@@ -25,6 +25,7 @@ __getattr__, __dir__, __all__ = exports(
         "ActivationPCA": ".activation_pca",
         "BlockAffine": ".block_affine",
         "BoneConfig": ".bone",
+        "EvaReport": ".eva",
         "SingularValues": ".singular_values",
         "SorsaCallback": ".sorsa",
         "SorsaConfig": ".sorsa",
