@@ -1,0 +1,139 @@
+"""What matching the weights of two networks costs, beside the algorithm done as it is written.
+
+    python benchmarks/merge.py --out merge.json
+    python benchmarks/merge.py --widths 4096 --rounds 1 --epochs 1
+
+Two perceptrons with three hidden layers are trained on scikit-learn's digits from different seeds. Both sides visit
+the groups in the same order, from one start; they take turns, and medians of processor time are compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import platform
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from weightlab.merge import Permutation, PermutationSpec, apply_permutation, weight_matching
+from weightlab.tasks.digits_mlp import digits
+
+Params = dict[str, Tensor]
+
+
+def plain_matching(a: Params, b: Params, spec: PermutationSpec, seed: int) -> dict[str, Tensor]:
+    """Coordinate descent as it is written: every product anew at every visit, every assignment solved."""
+    generator = torch.Generator().manual_seed(seed)
+    indices = dict(Permutation.identity(spec.group_sizes(a)).indices)
+    tied = {
+        group: [(name, axes.index(group)) for name, axes in spec.axes.items() if group in axes]
+        for group in indices
+    }
+    for _ in range(100):
+        progress = False
+        for i in torch.randperm(len(spec.groups), generator=generator).tolist():
+            group = spec.groups[i]
+            n = len(indices[group])
+            similarity = torch.zeros(n, n)
+            for name, axis in tied[group]:
+                moved = b[name]
+                for other, axis_group in enumerate(spec.axes[name]):
+                    if isinstance(axis_group, str) and other != axis:
+                        moved = moved.index_select(other, indices[axis_group])
+                similarity += (
+                    a[name].movedim(axis, 0).reshape(n, -1) @ moved.movedim(axis, 0).reshape(n, -1).T
+                )
+            new = torch.from_numpy(linear_sum_assignment(similarity.numpy(), maximize=True)[1])
+            gain = (
+                similarity.gather(1, new[:, None]).sum() - similarity.gather(1, indices[group][:, None]).sum()
+            )
+            indices[group] = new
+            progress = progress or float(gain) > 1e-12
+        if not progress:
+            break
+    return indices
+
+
+def trained(width: int, seed: int, epochs: int) -> nn.Module:
+    """A perceptron 64-width-width-width-10 on the digits, as in the paper's protocol."""
+    torch.manual_seed(seed)
+    sizes = [64, width, width, width, 10]
+    layers: list[nn.Module] = []
+    for inner, outer in itertools.pairwise(sizes):
+        layers += [nn.Linear(inner, outer), nn.ReLU()]
+    model = nn.Sequential(*layers[:-1])
+    pixels, labels = digits()["train"]
+    x = pixels.flatten(1).float() / 8 - 1
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    for _ in range(epochs):
+        for batch in torch.randperm(len(x)).split(64):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x[batch]), labels[batch]).backward()
+            optimizer.step()
+    return model
+
+
+def measure(width: int, epochs: int, rounds: int, plain: bool) -> dict[str, Any]:
+    """Times of both sides in seconds, and the objectives that they reach."""
+    model, other = (trained(width, seed, epochs) for seed in (0, 1))
+    a, b = ({name: x.detach() for name, x in net.state_dict().items()} for net in (model, other))
+    spec = PermutationSpec.from_model(model, torch.zeros(1, 64))
+    times: dict[str, list[float]] = {"weight_matching": [], "plain": []}
+    objectives: dict[str, list[float]] = {"weight_matching": [], "plain": []}
+    for seed in range(rounds):
+        start = time.process_time()
+        found = weight_matching(a, b, spec, n_restarts=1, generator=torch.Generator().manual_seed(seed))
+        times["weight_matching"].append(time.process_time() - start)
+        objectives["weight_matching"].append(found.objective)
+        if plain:
+            start = time.process_time()
+            indices = plain_matching(a, b, spec, seed)
+            times["plain"].append(time.process_time() - start)
+            moved = apply_permutation(spec, Permutation(indices), b)
+            objectives["plain"].append(
+                sum(float((a[name].double() * moved[name].double()).sum()) for name in a)
+            )
+    figures: dict[str, Any] = {
+        "width": width,
+        "seconds": {side: statistics.median(values) for side, values in times.items() if values},
+        "objective": {side: statistics.mean(values) for side, values in objectives.items() if values},
+    }
+    if plain:
+        figures["times_faster"] = figures["seconds"]["plain"] / figures["seconds"]["weight_matching"]
+    return figures
+
+
+def main() -> None:
+    """Measure, print a line for each width, and keep the figures."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--widths", type=int, nargs="+", default=[64, 512])
+    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--no-plain", action="store_true", help="leave out the plain side, which is slow when wide"
+    )
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)  # processor time is that of one thread, on a busy machine too
+    figures: dict[str, Any] = {"torch": torch.__version__, "machine": platform.machine()}
+    figures["matching"] = []
+    for width in options.widths:
+        found = measure(width, options.epochs, options.rounds, not options.no_plain)
+        figures["matching"].append(found)
+        print(json.dumps(found), flush=True)
+    if options.out:
+        options.out.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
