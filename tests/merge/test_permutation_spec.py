@@ -158,6 +158,16 @@ def test_operations_that_do_not_commute_fix_their_units():
     assert PermutationSpec.from_model(Sorted(), torch.randn(2, 3)).groups == ("b",)
 
 
+def test_names_and_heads_of_pytorchs_attention():
+    spec = PermutationSpec.from_model(
+        nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), torch.randn(2, 3, 8)
+    )
+    assert spec.axes["self_attn.in_proj_weight"] == ((3, "self_attn.in_proj", "self_attn.in_proj#2"), None)
+    assert spec.axes["self_attn.out_proj.weight"] == (None, ("self_attn.in_proj", "self_attn.in_proj#2"))
+    assert spec.axes["linear1.weight"] == ("linear1", None)
+    assert (spec.sizes["self_attn.in_proj"], spec.sizes["self_attn.in_proj#2"]) == (2, 4)
+
+
 def test_half_of_an_axis_keeps_its_permutation_and_constants_fix_theirs():
     class Gated(nn.Module):
         def __init__(self) -> None:

@@ -178,6 +178,16 @@ def test_mixed_dtypes_and_strides():
     assert found.compose(hidden).is_identity()
 
 
+def test_tied_weights_count_once():
+    spec, a, b = mlp_spec(2), mlp_params(3, 5, 2), mlp_params(3, 5, 2, seed=1)
+    alone = weight_matching(a, b, spec)
+    both = PermutationSpec({**spec.axes, "tied": spec.axes["w1"]})
+    tied = weight_matching({**a, "tied": a["w1"]}, {**b, "tied": b["w1"]}, both)
+    assert (tied.objective, tied.distance) == (alone.objective, alone.distance)
+    copied = weight_matching({**a, "tied": a["w1"]}, {**b, "tied": b["w1"].clone()}, both)
+    assert copied.distance > alone.distance
+
+
 def test_assignment_is_the_best_of_all():
     for seed in range(10):
         similarity = torch.randn(5, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

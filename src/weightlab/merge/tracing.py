@@ -489,7 +489,7 @@ def _table(labels: dict[str, Labels]) -> tuple[dict[str, tuple[Axis, ...]], dict
                     parts.append(inner * leaf.size)
                     continue
                 if leaf not in names:
-                    stem = re.sub(r"\.?(weight|bias)$", "", name) or name
+                    stem = re.sub(r"[._]?(weight|bias)$", "", name) or name
                     taken = sum(known.partition("#")[0] == stem for known in names.values())
                     names[leaf] = f"{stem}#{taken + 1}" if taken else stem
                     sizes[names[leaf]] = leaf.size

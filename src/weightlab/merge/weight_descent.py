@@ -22,7 +22,7 @@ class WeightMatching(Permutation):
     """A permutation that `weight_matching` found, and how good it is.
 
     Attributes:
-        objective: Inner product of A with the permuted B, over all tensors but integers and running statistics.
+        objective: Inner product of A with the permuted B, over all tensors but integers and running statistics, tied ones once.
         distance: Euclidean distance of A and the permuted B, over the same.
         sweeps: Rounds through the groups that the best start took.
     """
@@ -97,7 +97,13 @@ def weight_matching(
             raise ValueError(f"{name} must be at least 1, got {number}")
     check_same_tensors(params_a, params_b)
     sizes = spec.group_sizes(params_a)
-    compared = [name for name in sorted(params_a) if _compared(name, params_a[name])]
+    # Tied weights are one tensor under several names, and count once.
+    owners = {
+        (params_a[name].data_ptr(), params_b[name].data_ptr(), params_a[name].shape): name
+        for name in sorted(params_a, reverse=True)
+        if _compared(name, params_a[name])
+    }
+    compared = sorted(owners.values())
     for name in compared:
         for which, params in (("params_a", params_a), ("params_b", params_b)):
             if not params[name].isfinite().all():
