@@ -5,7 +5,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from weightlab.merge import Permutation, PermutationSpec, apply_permutation, check_equivalence
+from weightlab.merge import (
+    Permutation,
+    PermutationSpec,
+    apply_permutation,
+    check_equivalence,
+    weight_matching,
+)
 
 
 class ResidualNet(nn.Module):
@@ -254,3 +260,15 @@ def test_tied_tensors_must_have_the_same_axes():
 def test_products_of_groups_are_told_apart_by_other_tensors():
     spec = PermutationSpec({"x": (("g", "h"),), "y": ("g",)})
     assert spec.group_sizes({"x": torch.zeros(6), "y": torch.zeros(2)}) == {"g": 2, "h": 3}
+
+
+def test_matching_undoes_a_permutation_of_heads_streams_and_tied_embeddings():
+    torch.manual_seed(0)
+    model, ids = randomized(TinyGPT()), torch.randint(11, (2, 5))
+    a = model.state_dict()
+    spec = PermutationSpec.from_model(model, ids)
+    hidden = Permutation.random(spec.group_sizes(a))
+    b = apply_permutation(spec, hidden, a)
+    found = weight_matching(a, b, spec, n_restarts=20)
+    assert found.distance == 0
+    assert found.compose(hidden).is_identity()
