@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from weightlab.adapters.bone import BoneConfig
     from weightlab.adapters.eva import EvaReport, eva_init_
     from weightlab.adapters.interference import crosstalk
+    from weightlab.adapters.lora_export import to_lora
     from weightlab.adapters.merging import merge_adapters
     from weightlab.adapters.orthogonal import freeze_basis_, orthogonal_lora_
     from weightlab.adapters.rank_allocation import allocate_ranks
@@ -42,5 +43,6 @@ __getattr__, __dir__, __all__ = exports(
         "regularize_sorsa": ".sorsa",
         "shared_basis": ".basis",
         "sorsa_regularizer": ".sorsa",
+        "to_lora": ".lora_export",
     },
 )
