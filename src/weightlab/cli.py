@@ -1,4 +1,4 @@
-"""The command line: `weightlab trial`, `papers`, `reproduce`, `report`, `adapt`.
+"""The command line: `weightlab trial`, `papers`, `reproduce`, `report`, `adapt`, `merge-adapters`.
 
 Nothing here imports torch until a verb needs it, so that `--help` answers at once.
 """
