@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         Report,
         inspect_layer,
         layer_report,
+        layer_rows,
         make_report,
     )
     from weightlab.inspect.spectrum import esd
@@ -37,6 +38,7 @@ __getattr__, __dir__, __all__ = exports(
         "fit_power_law": ".power_law",
         "inspect_layer": ".report",
         "layer_report": ".report",
+        "layer_rows": ".report",
         "make_report": ".report",
         "randomized_control": ".randomized",
         "walk_layers": ".layers",

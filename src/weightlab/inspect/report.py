@@ -8,7 +8,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -275,31 +275,26 @@ def layer_report(
         >>> [(row.name, row.status, row.n_eigenvalues) for row in report.rows]
         [('0.weight', 'ok', 32), ('2.weight', 'too small', 3)]
     """
-    if not 2 <= min_eigenvalues <= max_eigenvalues:
-        raise ValueError(
-            f"min_eigenvalues must be at least 2 and at most max_eigenvalues, got {min_eigenvalues} and {max_eigenvalues}"
-        )
-    if normalize not in ("none", "1/N"):
-        raise ValueError(f'normalize must be "none" or "1/N", got {normalize!r}')
     checkpoint = model if isinstance(model, Checkpoint) else Checkpoint(model)
     found = list(walk_layers(checkpoint, layers=layers, split_qkv=split_qkv))
+    results = layer_rows(
+        found,
+        conv=conv,
+        normalize=normalize,
+        small_n=small_n,
+        randomize=randomize,
+        seed=seed,
+        dtype=dtype,
+        device=device,
+        min_eigenvalues=min_eigenvalues,
+        max_eigenvalues=max_eigenvalues,
+    )
     rows: list[LayerRow] = []
     kept: dict[str, Tensor] = {}
     for index, layer in enumerate(found):
         if tell is not None:
             tell(index, len(found), layer.name)
-        row, eigenvalues = inspect_layer(
-            layer,
-            conv=conv,
-            normalize=normalize,
-            small_n=small_n,
-            randomize=randomize,
-            seed=seed,
-            dtype=dtype,
-            device=device,
-            min_eigenvalues=min_eigenvalues,
-            max_eigenvalues=max_eigenvalues,
-        )
+        row, eigenvalues = next(results)
         rows.append(row)
         if keep_eigenvalues and eigenvalues is not None:
             kept[layer.name] = eigenvalues.cpu()
@@ -337,6 +332,60 @@ def make_report(
         {flag: names for flag, names in flags.items() if names},
         eigenvalues or {},
     )
+
+
+def layer_rows(
+    layers: Iterable[Layer],
+    *,
+    conv: ConvView = "slices",
+    normalize: Normalization = "none",
+    small_n: SmallN = "bias_corrected",
+    randomize: bool = False,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+    device: torch.device | str | None = None,
+    min_eigenvalues: int = 8,
+    max_eigenvalues: int = 15_000,
+) -> Iterator[tuple[LayerRow, Tensor | None]]:
+    """Read layers one after the other, as their results are asked for.
+
+    A row does not depend on the layers before it, so that whoever keeps the rows can stop and go on later.
+
+    Args:
+        layers: From [`walk_layers`][weightlab.inspect.walk_layers].
+        conv, normalize, small_n, randomize, seed, dtype, device, min_eigenvalues, max_eigenvalues: As for
+            [`layer_report`][weightlab.inspect.layer_report].
+
+    Yields:
+        For each layer, in order, its row and its eigenvalues; None for those of a layer that has none.
+
+    Raises:
+        ValueError: If an option is unknown or out of range (when the first row is asked for).
+
+    Example:
+        >>> layers = [Layer("w", "matrix", (9, 9), torch.float32, lambda: torch.eye(9))]
+        >>> [(row.name, row.status) for row, eigenvalues in layer_rows(layers)]
+        [('w', 'degenerate')]
+    """
+    if not 2 <= min_eigenvalues <= max_eigenvalues:
+        raise ValueError(
+            f"min_eigenvalues must be at least 2 and at most max_eigenvalues, got {min_eigenvalues} and {max_eigenvalues}"
+        )
+    if normalize not in ("none", "1/N"):
+        raise ValueError(f'normalize must be "none" or "1/N", got {normalize!r}')
+    for layer in layers:
+        yield inspect_layer(
+            layer,
+            conv=conv,
+            normalize=normalize,
+            small_n=small_n,
+            randomize=randomize,
+            seed=seed,
+            dtype=dtype,
+            device=device,
+            min_eigenvalues=min_eigenvalues,
+            max_eigenvalues=max_eigenvalues,
+        )
 
 
 def inspect_layer(
