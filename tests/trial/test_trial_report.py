@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 from report_fixture import compare, make_arm, make_profile, make_report
 from rich.console import Console
 
+from weightlab._pages import files
 from weightlab.exceptions import MissingDependencyError, WeightlabError
-from weightlab.trial.report import _files, export, html, plots, terminal, wording
+from weightlab.trial.report import export, html, plots, terminal, wording
 from weightlab.trial.result import TrialReport
 
 EVIL = "<script>alert(1)</script>"
@@ -482,27 +483,27 @@ class TestExport:
 
 class TestFiles:
     def test_a_failed_write_leaves_the_old_file_and_nothing_else(self, tmp_path, monkeypatch):
-        path = _files.write_text(tmp_path / "page.html", "old")
+        path = files.write_text(tmp_path / "page.html", "old")
 
         def full(*_):
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(_files.os, "replace", full)
+        monkeypatch.setattr(files.os, "replace", full)
         with pytest.raises(WeightlabError, match=r"cannot write .*page\.html: No space left on device"):
-            _files.write_text(path, "new")
+            files.write_text(path, "new")
         assert [file.name for file in tmp_path.iterdir()] == ["page.html"]
         assert path.read_text() == "old"
 
     def test_a_folder_in_the_way(self, tmp_path):
         (tmp_path / "page.html").mkdir()
         with pytest.raises(WeightlabError, match="cannot write"):
-            _files.write_text(tmp_path / "page.html", "new")
+            files.write_text(tmp_path / "page.html", "new")
         assert [file.name for file in tmp_path.iterdir()] == ["page.html"]
 
     def test_a_file_where_a_folder_is_needed(self, tmp_path):
         (tmp_path / "out").write_text("x")
         with pytest.raises(WeightlabError, match="cannot write"):
-            _files.write_text(tmp_path / "out" / "page.html", "new")
+            files.write_text(tmp_path / "out" / "page.html", "new")
 
 
 def test_import_brings_nothing_heavy():

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from weightlab.trial.report._files import write_text
+from weightlab._pages.files import write_text
 from weightlab.trial.result import TrialReport
 
 _FIRST = ("task", "arm", "role", "seed", "status", "score", "chosen")

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import math
 import os
-import re
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from weightlab._lazy import require
+from weightlab._pages.files import write_text
+from weightlab._pages.shell import markup, render
 from weightlab.trial.report import plots, wording
-from weightlab.trial.report._files import write_text
 from weightlab.trial.result import ArmReport, Profile, TrialReport
-
-_MINUS = re.compile(r"(?<![\w.)-])-(?=\d|inf)")
-_TIMES = re.compile(r"(?<=\d)x\b")
 
 
 def write(
@@ -45,27 +38,15 @@ def write(
 
 def page(reports: TrialReport | Sequence[TrialReport], profile: Profile | None = None) -> str:
     """Return the HTML of `write`. Equal arguments give equal text."""
-    jinja2 = require("jinja2", "trial")
     many = [reports] if isinstance(reports, TrialReport) else list(reports)
     names = list(dict.fromkeys(arm.name for report in many for arm in report.arms))
-    here = resources.files("weightlab.trial.report")
-    css, js, template = (
-        here.joinpath(file).read_text("utf-8") for file in ("page.css", "page.js", "page.html.j2")
-    )
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["typeset"] = _typeset
-    environment.filters["slug"] = lambda verdict: verdict.replace(" ", "-")
-    digest = base64.b64encode(hashlib.sha256(js.encode()).digest()).decode()
     title = (
         f"{many[0].task}: {wording.headline(many[0])}" if len(many) == 1 else f"{len(many)} weightlab trials"
     )
-    text = environment.from_string(template).render(
+    return render(
+        "weightlab.trial.report",
+        "page.html.j2",
         title=wording.plain(title),
-        css=_markup(css),
-        js=_markup(js),
-        script_hash=f"sha256-{digest}",
         trials=[_trial(report, index) for index, report in enumerate(many)],
         rivals=list(
             dict.fromkeys(
@@ -74,22 +55,6 @@ def page(reports: TrialReport | Sequence[TrialReport], profile: Profile | None =
         ),
         profile=None if profile is None else _profile(profile, names),
     )
-    return text.lstrip()
-
-
-def _markup(text: str) -> Any:
-    """Mark text as HTML already: our own files, and SVG in which matplotlib escaped what it was given."""
-    return require("markupsafe", "trial").Markup(text)
-
-
-def _typeset(text: str) -> str:
-    """Use the true minus and multiplication signs in numbers.
-
-    Example:
-        >>> _typeset("muon-2: -0.05 [-0.1, -inf], 1.5x")
-        'muon-2: −0.05 [−0.1, −inf], 1.5×'
-    """
-    return _TIMES.sub("×", _MINUS.sub("−", text))
 
 
 def _trial(report: TrialReport, number: int) -> dict[str, Any]:
@@ -99,7 +64,7 @@ def _trial(report: TrialReport, number: int) -> dict[str, Any]:
     curves = []
     if plots.has_curves(report):
         kinds = ["steps", "seconds"] if plots.has_seconds(report) else ["steps"]
-        curves = [_markup(plots.learning_curves(report, f"{number} {kind}", against=kind)) for kind in kinds]
+        curves = [markup(plots.learning_curves(report, f"{number} {kind}", against=kind)) for kind in kinds]
     figure = plots.differences(report, f"{number} differences")
     arms = [_arm(report, index, number) for index in range(len(report.arms))]
     corrected = any(versus.adjusted_interval != versus.interval for _, versus in rivals)
@@ -117,7 +82,7 @@ def _trial(report: TrialReport, number: int) -> dict[str, Any]:
         "several": len(rivals) if corrected else 0,
         "verdicts": {wording.plain(arm.name): versus.verdict for arm, versus in rivals},
         "notes": wording.warnings(report),
-        "differences": None if figure is None else _markup(figure),
+        "differences": None if figure is None else markup(figure),
         "curves": curves,
         "failures": sum(arm.failures for arm in report.arms),
         "arms": arms,
@@ -237,7 +202,7 @@ def _arm(report: TrialReport, index: int, number: int) -> dict[str, Any]:
         "target": _own_target(report, arm),
         "costs": costs,
         "settings": wording.settings(arm.hyperparameters),
-        "tuning_figure": None if figure is None else _markup(figure),
+        "tuning_figure": None if figure is None else markup(figure),
         "tuning_width": 20 * min(3, len(plots.tuned_names(arm))),
         "tuning_names": [wording.plain(name) for name in names],
         "tuning": [
@@ -354,7 +319,7 @@ def _profile(profile: Profile, names: Sequence[str]) -> dict[str, Any]:
 
     ranked = sorted(profile.scores, key=lambda name: -profile.scores[name])
     return {
-        "figure": _markup(plots.profile(profile, order, "profile")),
+        "figure": markup(plots.profile(profile, order, "profile")),
         "tasks": [wording.plain(task) for task in profile.tasks],
         "arms": [
             {

@@ -1,65 +1,22 @@
-"""The report's figures as SVG text, drawn by matplotlib and coloured by the page's CSS variables.
-
-Colours are placeholders while matplotlib draws and become `var(--arm-0)`, `currentColor`, ... at the
-end, so that one drawing is legible on light and dark pages alike. No global state of matplotlib is
-used or left behind, and equal input gives equal bytes.
-"""
+"""The report's figures as SVG text."""
 
 from __future__ import annotations
 
-import html
 import math
-import re
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from weightlab._lazy import require
+from weightlab._pages.drawing import GOOD, GRID, MUTED, PAGE, SERIES, TEXT, canvas, style_axes, svg
 from weightlab.trial.report import wording
 from weightlab.trial.result import ArmReport, Profile, SeedRun, TrialReport, TuningPoint
 
-ARM_COLOURS = 8
+ARM_COLOURS = len(SERIES)
 """Colours the page defines as `--arm-0`, ...; further arms use them again with other dashes."""
 
 DASHES = ("", "7 3", "2 2", "9 3 2 3", "5 2", "3 1.5", "11 3", "6 2 2 2 2 2")
 """Stroke patterns that tell arms apart without colour, in points at line width 1.6."""
 
-_TEXT, _MUTED, _GRID, _GOOD, _PAGE = "#111213", "#717273", "#d1d2d3", "#0a9b0c", "#fafbfc"
-_ARMS = tuple(f"#a0{index:02x}f{index:x}" for index in range(ARM_COLOURS))
-_VARIABLES = {
-    _TEXT: "currentColor",
-    _MUTED: "var(--muted)",
-    _GRID: "var(--line)",
-    _GOOD: "var(--held)",
-    _PAGE: "var(--card)",
-    **{colour: f"var(--arm-{index})" for index, colour in enumerate(_ARMS)},
-}
-_RC = {
-    "svg.fonttype": "none",
-    "text.parse_math": False,
-    "text.usetex": False,
-    "font.family": ["DejaVu Sans"],
-    "font.size": 9.0,
-    "path.simplify": True,
-    "axes.unicode_minus": True,
-    "axes.formatter.useoffset": False,
-    "axes.edgecolor": _MUTED,
-    "axes.labelcolor": _TEXT,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": _GRID,
-    "grid.linewidth": 0.6,
-    "text.color": _TEXT,
-    "xtick.color": _MUTED,
-    "ytick.color": _MUTED,
-    "xtick.labelcolor": _TEXT,
-    "ytick.labelcolor": _TEXT,
-    "lines.linewidth": 1.6,
-    "lines.scale_dashes": False,
-}
 _MOST_POINTS = 200
 
 
@@ -73,57 +30,10 @@ def dash(index: int) -> str:
     return "" if index == 0 else DASHES[1 + (index - 1) % (len(DASHES) - 1)]
 
 
-@contextmanager
-def _figure(width: float, height: float) -> Iterator[Any]:
-    """Yield a figure of a size in inches, with our style in force until the block ends."""
-    matplotlib = require("matplotlib", "trial")
-    figures = require("matplotlib.figure", "trial")
-    with matplotlib.rc_context(_RC), warnings.catch_warnings():
-        # Names in scripts that matplotlib's own font lacks are drawn by the browser's fonts.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
-        yield figures.Figure(figsize=(width, height), layout="constrained", facecolor="none")
-
-
-def _svg(figure: Any, salt: str, label: str) -> str:
-    """Return the figure as an `<svg>` element without fixed size, dates or colliding ids."""
-    import io
-
-    matplotlib = require("matplotlib", "trial")
-    backend = require("matplotlib.backends.backend_svg", "trial")
-    buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": salt}):
-        backend.FigureCanvasSVG(figure).print_svg(
-            buffer, metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
-        )
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :].strip()
-    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
-    text = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", text)
-    text = re.sub(r'style="[^"]*"', lambda found: _restyle(found.group()), text)
-    text = re.sub(r'^(<svg [^>]*?) width="[^"]*"', r"\1", text)
-    text = re.sub(r'^(<svg [^>]*?) height="[^"]*"', r"\1", text)
-    return text.replace("<svg ", f'<svg role="img" aria-label="{html.escape(label)}" ', 1)
-
-
-def _restyle(style: str) -> str:
-    style = re.sub(r"#[0-9a-f]{6}\b", lambda found: _VARIABLES.get(found.group(), found.group()), style)
-    return re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", style)
-
-
-def _axes(axes: Any, *, grid: str = "both") -> Any:
-    axes.set_facecolor("none")
-    axes.tick_params(length=2.5, width=0.6)
-    axes.grid(visible=False)
-    axes.grid(visible=True, axis=grid)
-    for spine in axes.spines.values():
-        spine.set_linewidth(0.6)
-    return axes
-
-
 def _line(index: int) -> dict[str, Any]:
     pattern = tuple(float(part) for part in dash(index).split())
     return {
-        "color": _ARMS[colour(index)],
+        "color": SERIES[colour(index)],
         "linestyle": (0, pattern) if pattern else "-",
         "linewidth": 2.0 if index == 0 else 1.6,
     }
@@ -180,8 +90,8 @@ def learning_curves(report: TrialReport, salt: str, *, against: str) -> str:
         against: `"steps"` or `"seconds"`.
     """
     column = 0 if against == "steps" else 1
-    with _figure(5.4, 3.5) as figure:
-        axes = _axes(figure.subplots())
+    with canvas(5.4, 3.5) as figure:
+        axes = style_axes(figure.subplots())
         seen: list[float] = []
         for index, arm in enumerate(report.arms):
             rows = _mean_curve(arm.runs)
@@ -214,7 +124,7 @@ def learning_curves(report: TrialReport, salt: str, *, against: str) -> str:
         if limits:
             axes.set_ylim(*limits)
         if report.target is not None and limits and limits[0] < report.target < limits[1]:
-            axes.axhline(report.target, color=_MUTED, linewidth=0.8, linestyle=(0, (1, 2)))
+            axes.axhline(report.target, color=MUTED, linewidth=0.8, linestyle=(0, (1, 2)))
             axes.text(
                 0.01,
                 report.target,
@@ -223,7 +133,7 @@ def learning_curves(report: TrialReport, salt: str, *, against: str) -> str:
                 ha="left",
                 va="bottom",
                 fontsize=8,
-                color=_MUTED,
+                color=MUTED,
             )
         axes.set_xlim(left=0)
         axes.xaxis.get_major_locator().set_params(integer=column == 0)
@@ -237,7 +147,7 @@ def learning_curves(report: TrialReport, salt: str, *, against: str) -> str:
                 for arm in report.arms
             )
         )
-        return _svg(figure, salt, label)
+        return svg(figure, salt, label)
 
 
 def tuned_names(arm: ArmReport) -> list[str]:
@@ -284,14 +194,14 @@ def tuning(report: TrialReport, index: int, salt: str) -> str | None:
     columns = min(3, len(names))
     rows = math.ceil(len(names) / columns)
     limits = tuning_limits(report) or (0.0, 1.0)
-    hue = _ARMS[colour(index)]
-    with _figure(3.0 * columns, 2.3 * rows) as figure:
+    hue = SERIES[colour(index)]
+    with canvas(3.0 * columns, 2.3 * rows) as figure:
         grid = figure.subplots(rows, columns, squeeze=False)
         for place, axes in enumerate(grid.flat):
             if place >= len(names):
                 axes.set_axis_off()
                 continue
-            _axes(axes)
+            style_axes(axes)
             _tuning_panel(axes, arm.tuning, names[place], limits, hue, lower=report.mode == "min")
             if place % columns == 0:
                 axes.set_ylabel(f"validation {wording.plain(report.metric)}")
@@ -303,7 +213,7 @@ def tuning(report: TrialReport, index: int, salt: str) -> str | None:
         )
         if best is not None:
             label += f" Chosen: {wording.settings(best.hyperparameters)}."
-        return _svg(figure, salt, label)
+        return svg(figure, salt, label)
 
 
 def _tuning_panel(
@@ -327,7 +237,7 @@ def _tuning_panel(
                 [1.06],
                 transform=axes.get_xaxis_transform(),
                 marker="x",
-                color=_MUTED,
+                color=MUTED,
                 markersize=6,
                 clip_on=False,
                 linestyle="",
@@ -343,7 +253,7 @@ def _tuning_panel(
                 [y],
                 marker="o",
                 markersize=11,
-                color=_TEXT,
+                color=TEXT,
                 markerfacecolor="none",
                 markeredgewidth=1.4,
                 clip_on=False,
@@ -394,8 +304,8 @@ def differences(report: TrialReport, salt: str) -> str | None:
     heights = [thickness * most + 0.42] * len(rivals)
     sign = -1 if report.mode == "min" else 1
     threshold = sign * report.minimal_effect
-    with _figure(8.6, sum(heights) + 0.85) as figure:
-        axes = _axes(figure.subplots(), grid="x")
+    with canvas(8.6, sum(heights) + 0.85) as figure:
+        axes = style_axes(figure.subplots(), grid="x")
         axes.spines["left"].set_visible(False)
         window = _limits(_reach(report, threshold), 0.08) or (-1.0, 1.0)
         axes.set_xlim(*window)
@@ -405,13 +315,13 @@ def differences(report: TrialReport, salt: str) -> str | None:
             middles.append(bottom + height / 2)
             bottom += height
             if len(rivals) > 1:
-                axes.axhline(bottom, color=_GRID, linewidth=0.6)
+                axes.axhline(bottom, color=GRID, linewidth=0.6)
         axes.set_ylim(bottom, 0)
         edge = window[0] if sign < 0 else window[1]
-        axes.axvspan(threshold, edge, color=_GOOD, alpha=0.10, linewidth=0, zorder=0)
-        axes.axvline(0, color=_TEXT, linewidth=1.0)
+        axes.axvspan(threshold, edge, color=GOOD, alpha=0.10, linewidth=0, zorder=0)
+        axes.axvline(0, color=TEXT, linewidth=1.0)
         if threshold:
-            axes.axvline(threshold, color=_GOOD, linewidth=1.2, linestyle=(0, (4, 2)))
+            axes.axvline(threshold, color=GOOD, linewidth=1.2, linestyle=(0, (4, 2)))
         axes.set_yticks(middles, [_short(arm.name) for _, arm in rivals])
         axes.tick_params(axis="y", length=0)
         claim = (
@@ -420,8 +330,8 @@ def differences(report: TrialReport, salt: str) -> str | None:
             else f"claim: at least {wording.number(abs(threshold))} better"
         )
         for x, text, side, tone in (
-            (threshold, f"◀ {claim}" if sign < 0 else f"{claim} ▶", "right" if sign < 0 else "left", _GOOD),
-            (0, "worse ▶" if sign < 0 else "◀ worse", "left" if sign < 0 else "right", _MUTED),
+            (threshold, f"◀ {claim}" if sign < 0 else f"{claim} ▶", "right" if sign < 0 else "left", GOOD),
+            (0, "worse ▶" if sign < 0 else "◀ worse", "left" if sign < 0 else "right", MUTED),
         ):
             axes.annotate(
                 text,
@@ -439,7 +349,7 @@ def differences(report: TrialReport, salt: str) -> str | None:
             f"difference in test {wording.plain(report.metric)}, challenger − {_short(report.baseline)}"
         )
         label = "Paired differences per seed. " + " ".join(wording.sentence(report, arm) for _, arm in rivals)
-        return _svg(figure, salt, label)
+        return svg(figure, salt, label)
 
 
 def _reach(report: TrialReport, threshold: float) -> list[float]:
@@ -485,7 +395,7 @@ def _difference_row(
     versus = arm.versus
     if versus is None:
         return
-    hue = _ARMS[colour(index)]
+    hue = SERIES[colour(index)]
 
     def mark(value: float, y: float, marker: str, **style: Any) -> float:
         inside = min(max(value, window[0]), window[1])
@@ -504,9 +414,9 @@ def _difference_row(
     for interval, width in ((versus.adjusted_interval, 1.0), (versus.interval, 3.2)):
         if all(map(math.isfinite, interval)):
             low, high = (min(max(bound, window[0]), window[1]) for bound in interval)
-            axes.plot([low, high], [y, y], color=_TEXT, linewidth=width, solid_capstyle="butt")
+            axes.plot([low, high], [y, y], color=TEXT, linewidth=width, solid_capstyle="butt")
     if math.isfinite(versus.difference):
-        style = {"color": _TEXT, "markerfacecolor": _PAGE, "markeredgewidth": 1.4}
+        style = {"color": TEXT, "markerfacecolor": PAGE, "markeredgewidth": 1.4}
         mark(versus.difference, y, "D", markersize=6.5, **style)
 
 
@@ -523,8 +433,8 @@ def profile(data: Profile, order: Callable[[str], int], salt: str) -> str:
         order: Arm name -> its index, which decides colour and dashes.
         salt: Makes ids in this SVG differ from those of others on the page.
     """
-    with _figure(5.4, 3.3) as figure:
-        axes = _axes(figure.subplots())
+    with canvas(5.4, 3.3) as figure:
+        axes = style_axes(figure.subplots())
         fractions: Mapping[str, Sequence[float]] = data.fractions
         for name, shares in fractions.items():
             axes.plot(data.taus, shares, drawstyle="steps-post", **_line(order(name)))
@@ -535,4 +445,4 @@ def profile(data: Profile, order: Callable[[str], int], salt: str) -> str:
         label = "Performance profile. " + " ".join(
             f"{wording.plain(name)} scores {data.scores[name]:.3f}." for name in ranked
         )
-        return _svg(figure, salt, label)
+        return svg(figure, salt, label)
