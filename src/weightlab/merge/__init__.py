@@ -6,10 +6,12 @@ from weightlab._lazy import exports
 
 if TYPE_CHECKING:
     from weightlab.merge.activation_assignment import activation_matching
+    from weightlab.merge.batch_norm_statistics import reset_batch_norm_
     from weightlab.merge.interpolation import LossBarrier, interpolate, loss_barrier
     from weightlab.merge.permutation import Permutation, apply_permutation, check_equivalence
     from weightlab.merge.permutation_spec import PermutationSpec
     from weightlab.merge.singular_vectors import SingularAlignment, singular_alignment
+    from weightlab.merge.weight_arithmetic import average, slerp, task_arithmetic
     from weightlab.merge.weight_descent import WeightMatching, weight_matching
 
 __getattr__, __dir__, __all__ = exports(
@@ -22,10 +24,14 @@ __getattr__, __dir__, __all__ = exports(
         "WeightMatching": ".weight_descent",
         "activation_matching": ".activation_assignment",
         "apply_permutation": ".permutation",
+        "average": ".weight_arithmetic",
         "check_equivalence": ".permutation",
         "interpolate": ".interpolation",
         "loss_barrier": ".interpolation",
+        "reset_batch_norm_": ".batch_norm_statistics",
         "singular_alignment": ".singular_vectors",
+        "slerp": ".weight_arithmetic",
+        "task_arithmetic": ".weight_arithmetic",
         "weight_matching": ".weight_descent",
     },
 )
