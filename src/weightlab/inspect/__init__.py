@@ -1,13 +1,16 @@
-"""Readers: what the weights of a model are like."""
+"""Readers: what the weights of a model are like, and which examples of a data set matter."""
 
 from typing import TYPE_CHECKING
 
 from weightlab._lazy import exports
 
 if TYPE_CHECKING:
+    from weightlab.inspect.area_under_margin import AreaUnderMargin
     from weightlab.inspect.checkpoint import Checkpoint, TensorInfo
     from weightlab.inspect.comparison import Comparison, compare_checkpoints, make_comparison
     from weightlab.inspect.erg import ErgCount, erg_count
+    from weightlab.inspect.example_scores import el2n, example_loss, logit_margin, prediction_margin
+    from weightlab.inspect.forgetting import ForgettingTracker
     from weightlab.inspect.layer_changes import Change, ChangeRow, change_rows
     from weightlab.inspect.layer_pairs import Pair, Pairing, pair_layers
     from weightlab.inspect.layers import Layer, walk_layers
@@ -22,17 +25,23 @@ if TYPE_CHECKING:
         layer_rows,
         make_report,
     )
+    from weightlab.inspect.scored_data import DataScores, rank_correlation
+    from weightlab.inspect.scoring import SCORES, data_scores, score_examples
+    from weightlab.inspect.selection import select
     from weightlab.inspect.spectrum import esd
 
 __getattr__, __dir__, __all__ = exports(
     __name__,
     {
+        "AreaUnderMargin": ".area_under_margin",
         "Change": ".layer_changes",
         "ChangeRow": ".layer_changes",
         "Checkpoint": ".checkpoint",
         "Comparison": ".comparison",
+        "DataScores": ".scored_data",
         "ErgCount": ".erg",
         "FLAGS": ".report",
+        "ForgettingTracker": ".forgetting",
         "Layer": ".layers",
         "LayerRow": ".report",
         "Pair": ".layer_pairs",
@@ -40,19 +49,28 @@ __getattr__, __dir__, __all__ = exports(
         "PowerLawFit": ".power_law",
         "RandomizedControl": ".randomized",
         "Report": ".report",
+        "SCORES": ".scoring",
         "TensorInfo": ".checkpoint",
         "change_rows": ".layer_changes",
         "compare_checkpoints": ".comparison",
+        "data_scores": ".scoring",
+        "el2n": ".example_scores",
         "erg_count": ".erg",
         "esd": ".spectrum",
+        "example_loss": ".example_scores",
         "fit_power_law": ".power_law",
         "inspect_layer": ".report",
         "layer_report": ".report",
         "layer_rows": ".report",
+        "logit_margin": ".example_scores",
         "make_comparison": ".comparison",
         "make_report": ".report",
         "pair_layers": ".layer_pairs",
+        "prediction_margin": ".example_scores",
         "randomized_control": ".randomized",
+        "rank_correlation": ".scored_data",
+        "score_examples": ".scoring",
+        "select": ".selection",
         "walk_layers": ".layers",
     },
 )
