@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from weightlab._hub import first_line, hub_answers, local_copy
 from weightlab._lazy import require
 from weightlab.adapters._peft import (
     SAFETENSORS_WEIGHTS_NAME,
@@ -28,7 +29,6 @@ from weightlab.adapters._peft import (
     PeftModel,
     get_pattern_key,
 )
-from weightlab.adapters.finetune.hub import first_line, hub_answers, local_copy
 from weightlab.adapters.lora_layers import PEFT_PREFIX
 from weightlab.adapters.merging import concatenated_config, shared_directions, tied_to
 from weightlab.adapters.orthogonal import parse_metadata

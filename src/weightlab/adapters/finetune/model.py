@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from weightlab._hub import first_line, hub_answers, local_copy
 from weightlab._lazy import require
-from weightlab.adapters.finetune.hub import first_line, hub_answers, local_copy
 from weightlab.exceptions import UsageError
 
 BLOCK_SIZE = 512

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from weightlab._hub import first_line, hub_answers, local_copy
 from weightlab._lazy import require
-from weightlab.adapters.finetune.hub import first_line, hub_answers, local_copy
 from weightlab.exceptions import UsageError
 
 TABLES = (".jsonl", ".ndjson", ".parquet")
