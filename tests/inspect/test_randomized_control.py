@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from weightlab.inspect import esd, randomized_control
-from weightlab.inspect.randomized import _law, _marchenko_pastur_scale, _triangular_density
+from weightlab.inspect.randomized import _law, _marchenko_pastur_scale, _shuffled, _triangular_density
 
 
 def gaussian(*shape, seed=0):
@@ -74,6 +74,32 @@ def test_shuffles_keep_the_entries_of_each_slice():
     assert control.max_eigenvalue == pytest.approx(float(alone[-1]), rel=0.25)
     flattened = randomized_control(W, conv="flattened")
     assert flattened.max_eigenvalue < float(esd(W, conv="flattened")[-1])
+
+
+def test_shuffles_hold_the_entries_that_were_there():
+    W = torch.arange(24.0).reshape(2, 3, 2, 2)
+    found = _shuffled(W, "slices", np.random.default_rng(0))
+    assert not torch.equal(found, W)
+    assert torch.equal(found.flatten(0, 1).sort(0).values, W.flatten(0, 1))
+    assert torch.equal(
+        _shuffled(W, "flattened", np.random.default_rng(0)).flatten().sort().values, W.flatten()
+    )
+    assert torch.equal(W.flatten(), torch.arange(24.0))
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_float32_bears_any_scale(scale):
+    W = gaussian(40, 90).double()
+    plain, scaled = randomized_control(W), randomized_control(scale * W)
+    assert scaled.max_eigenvalue == pytest.approx(scale**2 * plain.max_eigenvalue, rel=1e-5)
+    assert scaled.sigma_mp == pytest.approx(plain.sigma_mp, rel=1e-5)
+
+
+def test_float32_is_near_float64():
+    W = gaussian(60, 90) + 2 * gaussian(60, 1, seed=1) @ gaussian(1, 90, seed=2)
+    single, double = (randomized_control(W, dtype=dtype) for dtype in (torch.float32, torch.float64))
+    assert single.n_traps == double.n_traps
+    assert single[:5] == pytest.approx(double[:5], rel=1e-4)
 
 
 def test_seed_decides():

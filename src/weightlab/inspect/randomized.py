@@ -24,6 +24,7 @@ _SCALES = np.arange(0.05, 2.0, 0.01)
 # Spectra with fewer eigenvalues are taken over several shuffles.
 _FEW = 100
 _REPLICAS = 5
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class RandomizedControl(NamedTuple):
@@ -56,7 +57,7 @@ def randomized_control(
     conv: ConvView = "slices",
     seed: int = 0,
     evals: Tensor | None = None,
-    dtype: torch.dtype = torch.float64,
+    dtype: torch.dtype = torch.float32,
 ) -> RandomizedControl:
     r"""Compare a layer with shuffles of its own entries, and fit a Marchenko-Pastur law to those.
 
@@ -70,7 +71,8 @@ def randomized_control(
         conv: How a kernel is made matrices; see [`esd`][weightlab.inspect.esd].
         seed: Seed of the shuffles, of which there are 5 with fewer than 100 eigenvalues, else 1.
         evals: The layer's own eigenvalues, if they are at hand, as from `esd` with the same `conv`.
-        dtype: Type to compute eigenvalues in.
+        dtype: Type to compute the shuffles' eigenvalues in, float32 (default) or float64. Another seed changes them
+            by far more than float32 does. The layer's own are computed in float64.
 
     Returns:
         The comparison; NaN and no traps for a zero weight.
@@ -93,12 +95,14 @@ def randomized_control(
         >>> control.n_traps, round(control.softrank, 2)
         (1, 1.0)
     """
-    own = esd(weight, conv=conv, dtype=dtype) if evals is None else evals
+    own = esd(weight, conv=conv) if evals is None else evals
     if float(own[-1]) == 0:
         return RandomizedControl(*[math.nan] * 5, n_traps=0)
-    generator = torch.Generator().manual_seed(seed)
+    generator = np.random.default_rng(seed)
+    # A power of two, so that nothing is rounded, for squares in the range of float32.
+    unit = 2.0 ** math.frexp(float(torch.stack(weight.aminmax()).double().abs().max()))[1]
     spectra = [
-        esd(_shuffled(weight, conv, generator), conv=conv, dtype=dtype).double()
+        esd(_shuffled(weight, conv, generator).div_(unit), conv=conv, dtype=dtype).double() * unit**2
         for _ in range(_REPLICAS if len(own) < _FEW else 1)
     ]
     first = spectra[0]
@@ -119,13 +123,16 @@ def randomized_control(
     )
 
 
-def _shuffled(weight: Tensor, conv: ConvView, generator: torch.Generator) -> Tensor:
+@torch.no_grad()
+def _shuffled(weight: Tensor, conv: ConvView, generator: np.random.Generator) -> Tensor:
+    """A copy with its entries in random order, or those of each slice of a kernel."""
     positions = weight[0, 0].numel() if conv == "slices" else 1
-    entries = weight.reshape(-1, positions)
-    order = (torch.randperm(len(entries), generator=generator).to(weight.device) for _ in range(positions))
-    return torch.stack([column[o] for column, o in zip(entries.unbind(1), order, strict=True)], 1).reshape(
-        weight.shape
-    )
+    columns = weight.reshape(-1, positions).mT.to("cpu", copy=True, memory_format=torch.contiguous_format)
+    # NumPy has no bfloat16, but moves integers of its size alike.
+    bits = columns.view(_INTEGERS[columns.itemsize]).numpy()
+    for column in bits:
+        generator.shuffle(column)
+    return columns.mT.reshape(weight.shape).to(weight.device)
 
 
 def _jensen_shannon(p: Tensor, q: Tensor) -> float:

@@ -248,7 +248,7 @@ def layer_report(
         conv: How a kernel is made matrices; see [`esd`][weightlab.inspect.esd].
         normalize: Scale of the eigenvalues; see [`esd`][weightlab.inspect.esd].
         small_n: Rule for fewer than 20 eigenvalues; see [`fit_power_law`][weightlab.inspect.fit_power_law].
-        randomize: Whether to compare with shuffled entries; not for a LoRA's changes. At least twice the time.
+        randomize: Whether to compare with shuffled entries (in float32); not for a LoRA's changes. About twice the time.
         seed: Seed of the shuffles.
         dtype: Type to compute in. float32 is faster, leaves out ranks and entropy, which it does not support, and
             gives another α where the tail reaches down to eigenvalues under about `1e-6 · λ_max`.
@@ -449,7 +449,7 @@ def inspect_layer(
     scale = (SLICE_FACTOR if sliced else 1.0) / divisor
     row = _row(facts, evals, weight.dtype, max(sides), scale, small_n, min_eigenvalues)
     if randomize and layer.kind != "delta":
-        control = randomized_control(weight, conv=conv, seed=seed, evals=evals * divisor, dtype=dtype)
+        control = randomized_control(weight, conv=conv, seed=seed, evals=evals * divisor)
         # Among slices of a kernel, those of a large norm look like traps.
         trapped = () if sliced or not control.n_traps else ("traps",)
         row = dataclasses.replace(row, **_control(control, divisor), flags=(*row.flags, *trapped))
