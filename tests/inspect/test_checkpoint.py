@@ -28,11 +28,11 @@ def same(checkpoint, tensors):
         assert torch.equal(checkpoint[name], tensor)
 
 
-def sharded(folder, tensors):
-    names = {name: f"model-{i:05}.safetensors" for i, name in enumerate(tensors)}
+def sharded(folder, tensors, suffix="safetensors", start="model"):
+    names = {name: f"{start}-{i:05}.{suffix}" for i, name in enumerate(tensors)}
     for name, file in names.items():
-        save_file({name: tensors[name]}, folder / file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+        (save_file if suffix == "safetensors" else torch.save)({name: tensors[name]}, folder / file)
+    (folder / f"{start}.{suffix}.index.json").write_text(json.dumps({"weight_map": names}))
     return names
 
 
@@ -44,8 +44,14 @@ def test_state_dict_file_and_folders(tensors, tmp_path):
     same(Checkpoint(str(tmp_path)), tensors)
     folder = tmp_path / "sharded"
     folder.mkdir()
-    sharded(folder, tensors)
+    names = sharded(folder, tensors)
     same(Checkpoint(folder), tensors)
+    assert Checkpoint(folder).files == tuple(folder / name for name in names.values())
+    old = tmp_path / "old"
+    old.mkdir()
+    sharded(old, tensors, "bin", "pytorch_model")
+    same(Checkpoint(old), tensors)
+    assert Checkpoint(tensors).files == ()
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -55,6 +61,76 @@ def test_files_of_torch_save(tensors, tmp_path, zipped, key):
     content = tensors if key is None else {"epoch": 3, key: {f"module.{n}": t for n, t in tensors.items()}}
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
     same(Checkpoint(path), tensors)
+
+
+def test_mapped_files_are_mapped_anew_and_read_the_same(tensors, tmp_path, monkeypatch):
+    path = tmp_path / "weights.pt"
+    torch.save(tensors, path)
+    checkpoint = Checkpoint(path)
+    first = checkpoint["a.weight"]
+    monkeypatch.setattr("weightlab.inspect.checkpoint._KEPT_PAGES", 1)
+    same(checkpoint, tensors)
+    # Tensors that were handed out before are still whole.
+    assert torch.equal(first, tensors["a.weight"])
+    assert checkpoint["a.weight"].data_ptr() != first.data_ptr()
+
+
+def test_ids_are_looked_for_in_the_data_folder(tensors, tmp_path, monkeypatch):
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    save_file(tensors, tmp_path / "owner" / "name" / "model.safetensors")
+    monkeypatch.setenv("WEIGHTLAB_DATA", str(tmp_path))
+    checkpoint = Checkpoint("owner/name")
+    same(checkpoint, tensors)
+    assert checkpoint.source == "owner/name"
+
+
+class Hub:
+    """Answers as the client does, for one repository."""
+
+    def __init__(self, folder):
+        self.folder, self.files, self.patterns = folder, sorted(path.name for path in folder.iterdir()), None
+
+    def list_repo_files(self, repository):
+        if repository != "owner/name":
+            raise ValueError("404\nnot found")
+        return [*self.files, "onnx/model.safetensors"]
+
+    def snapshot_download(self, repository, *, allow_patterns=None, local_files_only=False):
+        if local_files_only:
+            raise ValueError("not in the cache")
+        self.patterns = allow_patterns
+        return str(self.folder)
+
+
+@pytest.fixture
+def hub(tensors, tmp_path, monkeypatch):
+    folder = tmp_path / "snapshot"
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+    torch.save(tensors, folder / "pytorch_model.bin")
+    for name in ("consolidated.safetensors", "config.json", "README.md"):
+        (folder / name).write_text("{}")
+    client = Hub(folder)
+    monkeypatch.delenv("WEIGHTLAB_DATA", raising=False)
+    monkeypatch.setattr("weightlab.inspect.hub_weights.hub_answers", lambda: True)
+    monkeypatch.setattr("weightlab.inspect.hub_weights.require", lambda *names: client)
+    return client
+
+
+def test_ids_are_asked_of_the_hub(hub, tensors, monkeypatch):
+    same(Checkpoint("owner/name"), tensors)
+    assert hub.patterns == ["model.safetensors", "config.json"]
+    with pytest.raises(UsageError, match=r"no checkpoint other/name: .* Hugging Face Hub: 404$"):
+        Checkpoint("other/name")
+    hub.files = ["README.md"]
+    with pytest.raises(UsageError, match=r"has no safetensors or \.bin file"):
+        Checkpoint("owner/name")
+    monkeypatch.setattr("weightlab.inspect.hub_weights.hub_answers", lambda: False)
+    with pytest.raises(UsageError, match="not in the cache"):
+        Checkpoint("owner/name")
+    for file in ("folder/nowhere.pt", "folder/nowhere.safetensors"):
+        with pytest.raises(UsageError, match="cannot read"):
+            Checkpoint(file)
 
 
 def test_modules_have_tied_parameters_once():

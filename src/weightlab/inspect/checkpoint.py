@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,11 +16,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from weightlab.exceptions import UsageError
+from weightlab.inspect.hub_weights import hub_weights
 
 Source = nn.Module | Mapping[str, Tensor] | str | os.PathLike[str]
 
 _INDEX = "model.safetensors.index.json"
-_ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+_TORCH = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 # What training scripts put a state dict under.
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 _DTYPES = {
@@ -36,6 +39,10 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+# Ids on the Hub; what ends like a file is none.
+_REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*(?<!\.pt)(?<!\.pth)(?<!\.bin)(?<!\.ckpt)(?<!\.safetensors)")
+# Bytes read from a mapped file before it is mapped anew, which gives back the pages of tensors read so far.
+_KEPT_PAGES = 1 << 27
 _ZIP = b"PK\x03\x04"
 # The number that torch.save of old began its files with, as pickled.
 _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
@@ -54,8 +61,11 @@ class Checkpoint(Mapping[str, Tensor]):
     - A module: its parameters, each tied one once.
     - A state dict.
     - A safetensors file, or a folder that has one (`model.safetensors`, or the only one in it) or is
-      sharded as on the Hugging Face Hub (`model.safetensors.index.json`).
-    - A folder with a PEFT adapter (`adapter_config.json`, `adapter_model.safetensors`).
+      sharded as on the Hugging Face Hub (`model.safetensors.index.json`; `pytorch_model.bin.index.json` if there are
+      no safetensors).
+    - An id `owner/name` on the Hugging Face Hub, if there is no such file or folder; it is looked for in the folder
+      `WEIGHTLAB_DATA` first.
+    - A folder with a PEFT adapter (`adapter_config.json`, `adapter_model.safetensors` or `.bin`).
     - A file of `torch.save` (`.pt`, `.pth`, `.bin`, ...), by `torch.load` with `weights_only=True`, mapped and not
       read where its format allows. A state dict under `"state_dict"`, `"model_state_dict"`, `"model"` or
       `"module"` is found. Files that hold anything but tensors and plain values are refused, because loading them would
@@ -88,7 +98,9 @@ class Checkpoint(Mapping[str, Tensor]):
         """Shape and type of each tensor, by name."""
         self.adapter_config: dict[str, Any] | None = None
         self._tensors: dict[str, Tensor] = {}
-        self._files: dict[str, tuple[Path, str]] = {}
+        self._files: list[Path] = []
+        self._places: dict[str, tuple[Path, str]] = {}
+        self._mapped: dict[Path, _Mapped] = {}
         if isinstance(source, nn.Module):
             self.source = type(source).__name__
             self._keep(dict(source.named_parameters()))
@@ -98,6 +110,8 @@ class Checkpoint(Mapping[str, Tensor]):
         elif isinstance(source, str | os.PathLike):
             path = Path(source).expanduser()
             self.source = str(source)
+            if not path.exists() and _REPOSITORY.fullmatch(self.source):
+                path = hub_weights(self.source)
             if path.is_dir():
                 self._open_folder(path)
             else:
@@ -108,11 +122,18 @@ class Checkpoint(Mapping[str, Tensor]):
             raise UsageError(f"{self.source} holds no tensors")
         self._drop_prefix("module.")
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that it reads from; none for a module or mapping."""
+        return tuple(self._files)
+
     def __getitem__(self, name: str) -> Tensor:
         """Load a tensor, on the CPU if it comes from a file."""
         if name in self._tensors:
             return self._tensors[name].detach()
-        path, stored = self._files[name]
+        path, stored = self._places[name]
+        if path in self._mapped:
+            return self._mapped[path].get(stored)
         try:
             # Opened anew for each tensor, so that the pages of those that came before are given back.
             with safe_open(path, framework="pt") as file:
@@ -144,21 +165,25 @@ class Checkpoint(Mapping[str, Tensor]):
         if all(name.startswith(prefix) for name in self.infos):
             self.infos = {name.removeprefix(prefix): info for name, info in self.infos.items()}
             self._tensors = {name.removeprefix(prefix): tensor for name, tensor in self._tensors.items()}
-            self._files = {name.removeprefix(prefix): place for name, place in self._files.items()}
+            self._places = {name.removeprefix(prefix): place for name, place in self._places.items()}
 
     def _open_folder(self, folder: Path) -> None:
         if (folder / _ADAPTER[0]).is_file():
             self.adapter_config = _read_json(folder / _ADAPTER[0])
-            self._open_file(folder / _ADAPTER[1])
+            old = not (folder / _ADAPTER[1]).is_file() and (folder / _ADAPTER[2]).is_file()
+            self._open_file(folder / _ADAPTER[2 if old else 1])
             return
         if (folder / _INDEX).is_file():
-            self._open_shards(folder)
+            self._open_shards(folder, _INDEX)
             return
         files = sorted(folder.glob("*.safetensors"))
         if (folder / "model.safetensors").is_file():
             files = [folder / "model.safetensors"]
-        elif not files and (folder / "pytorch_model.bin").is_file():
-            files = [folder / "pytorch_model.bin"]
+        elif not files and (folder / _TORCH[1]).is_file():
+            self._open_shards(folder, _TORCH[1])
+            return
+        elif not files and (folder / _TORCH[0]).is_file():
+            files = [folder / _TORCH[0]]
         if len(files) != 1:
             found = ", ".join(file.name for file in files[:5]) or "no safetensors file"
             raise UsageError(
@@ -166,17 +191,17 @@ class Checkpoint(Mapping[str, Tensor]):
             )
         self._open_file(files[0])
 
-    def _open_shards(self, folder: Path) -> None:
-        named = _read_json(folder / _INDEX).get("weight_map")
+    def _open_shards(self, folder: Path, index: str) -> None:
+        named = _read_json(folder / index).get("weight_map")
         if not isinstance(named, dict) or not all(isinstance(file, str) for file in named.values()):
-            raise UsageError(f"{folder / _INDEX} is damaged: it has no weight_map of names to files")
+            raise UsageError(f"{folder / index} is damaged: it has no weight_map of names to files")
         shards = sorted(set(named.values()))
         if missing := [shard for shard in shards if not (folder / shard).is_file()]:
             raise UsageError(
                 f"{folder} is incomplete: {len(missing)} of {len(shards)} shards are missing, e.g. {missing[0]}"
             )
         for shard in shards:
-            self._open_safetensors(folder / shard)
+            self._open_file(folder / shard)
         if absent := sorted(set(named) - set(self.infos)):
             raise UsageError(
                 f"{folder} is damaged: its index names {absent[0]}, which {named[absent[0]]} does not hold"
@@ -192,6 +217,7 @@ class Checkpoint(Mapping[str, Tensor]):
             ) from error
         if not start:
             raise UsageError(f"{path} is empty")
+        self._files.append(path)
         if path.suffix == ".safetensors":
             self._open_safetensors(path)
         elif start.startswith((_ZIP, b"\x80")):
@@ -208,7 +234,7 @@ class Checkpoint(Mapping[str, Tensor]):
                 for name in file.keys():  # noqa: SIM118  (it is no mapping)
                     held = file.get_slice(name)
                     self.infos[name] = TensorInfo(tuple(held.get_shape()), _DTYPES.get(held.get_dtype()))
-                    self._files[name] = (path, name)
+                    self._places[name] = (path, name)
         except (OSError, SafetensorError) as error:
             raise UsageError(f"{path} is truncated, damaged or no safetensors file: {error}") from error
 
@@ -221,23 +247,52 @@ class Checkpoint(Mapping[str, Tensor]):
                 f"{path} is a plain pickle, which may run code when it is loaded, and is not read; save the state dict "
                 "with safetensors or torch.save"
             )
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-        except pickle.UnpicklingError as error:
-            raise UsageError(
-                f"{path} holds more than tensors, and loading it would run code ({_reason(error)}); save its state "
-                "dict alone"
-            ) from error
-        except (OSError, RuntimeError, EOFError, ValueError) as error:
-            raise UsageError(f"{path} is truncated or damaged: {_reason(error)}") from error
-        for _ in _WRAPPERS:
-            if not isinstance(content, Mapping) or any(
-                isinstance(value, Tensor) for value in content.values()
-            ):
-                break
-            content = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)), {})
-        if isinstance(content, Mapping):
-            self._keep(content)
+        tensors = _load(path, mapped=zipped)
+        before = set(self.infos)
+        self._keep(tensors)
+        if zipped:
+            self._mapped[path] = _Mapped(path, tensors)
+            for name in set(self.infos) - before:
+                del self._tensors[name]
+                self._places[name] = (path, name)
+
+
+class _Mapped:
+    """Tensors of a file that is mapped into memory."""
+
+    def __init__(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
+        self._path, self._tensors, self._read = path, tensors, 0
+
+    def get(self, name: str) -> Tensor:
+        size = self._tensors[name].nbytes
+        if self._read and self._read + size > _KEPT_PAGES:
+            self._tensors, self._read = _load(self._path, mapped=True), 0
+        self._read += size
+        return self._tensors[name].detach()
+
+
+def _load(path: Path, *, mapped: bool) -> dict[str, Tensor]:
+    """Return the tensors of a file of torch.save by name."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError as error:
+        raise UsageError(
+            f"{path} holds more than tensors, and loading it would run code ({_reason(error)}); save its state "
+            "dict alone"
+        ) from error
+    except (OSError, RuntimeError, EOFError, ValueError) as error:
+        raise UsageError(f"{path} is truncated or damaged: {_reason(error)}") from error
+    for _ in _WRAPPERS:
+        if not isinstance(content, Mapping) or any(isinstance(value, Tensor) for value in content.values()):
+            break
+        content = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)), {})
+    if not isinstance(content, Mapping):
+        return {}
+    return {
+        str(name): tensor
+        for name, tensor in content.items()
+        if isinstance(tensor, Tensor) and tensor.layout == torch.strided
+    }
 
 
 def _read_json(path: Path) -> dict[str, Any]:
