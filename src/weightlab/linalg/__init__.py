@@ -14,10 +14,11 @@ if TYPE_CHECKING:
     from weightlab.linalg.matrix_sign import newton_schulz, newton_schulz_foreach
     from weightlab.linalg.moment_sketch import MomentSketch
     from weightlab.linalg.orthogonal_factor import cholesky_qr, eigenbasis, polar_factor, qr_factor
-    from weightlab.linalg.orthogonality import orthogonality_error
+    from weightlab.linalg.orthogonality import orthogonality_deviation, orthogonality_error
     from weightlab.linalg.outliers import clip_outliers
     from weightlab.linalg.padding import common_shape, merge_shapes, stack_padded, unstack_padded
     from weightlab.linalg.power_law import PowerLawScan, power_law_scan
+    from weightlab.linalg.relaxed_polar import relaxed_polar_factor
     from weightlab.linalg.singular_triples import TopSVD, top_svd
     from weightlab.linalg.sinkhorn import sinkhorn_normalize
     from weightlab.linalg.streaming_moments import PrincipalComponents, StreamingMoments
@@ -45,10 +46,12 @@ __getattr__, __dir__, __all__ = exports(
         "merge_shapes": ".padding",
         "newton_schulz": ".matrix_sign",
         "newton_schulz_foreach": ".matrix_sign",
+        "orthogonality_deviation": ".orthogonality",
         "orthogonality_error": ".orthogonality",
         "polar_factor": ".orthogonal_factor",
         "power_law_scan": ".power_law",
         "qr_factor": ".orthogonal_factor",
+        "relaxed_polar_factor": ".relaxed_polar",
         "select_basis_columns": ".column_selection",
         "sinkhorn_normalize": ".sinkhorn",
         "spectrum_error": ".coefficient_fit",

@@ -38,7 +38,7 @@ def qr_factor(A: Tensor, backend: QRBackend = "householder", *, fallback: Tensor
         tensor([[ 0., -1.],
                 [ 1.,  0.]])
     """
-    A = _matrices(A, "qr_factor")
+    A = as_matrices(A, "qr_factor")
     if A.size(-2) < A.size(-1):
         raise ValueError(f"qr_factor needs at least as many rows as columns, got shape {tuple(A.shape)}")
     if backend == "householder":
@@ -89,7 +89,7 @@ def cholesky_qr(A: Tensor, passes: int = 3, shift: float | None = None) -> tuple
         (tensor([[ 0.6000, -0.8000],
                 [ 0.8000,  0.6000]]), tensor(True))
     """
-    Q = _matrices(A, "cholesky_qr")
+    Q = as_matrices(A, "cholesky_qr")
     if Q.size(-2) < Q.size(-1):
         raise ValueError(f"cholesky_qr needs at least as many rows as columns, got shape {tuple(A.shape)}")
     if passes < 1:
@@ -137,10 +137,10 @@ def polar_factor(A: Tensor, method: PolarMethod = "svd") -> Tensor:
         tensor([[ 0., -1.],
                 [ 1.,  0.]])
     """
-    A = _matrices(A, "polar_factor")
+    A = as_matrices(A, "polar_factor")
     if method not in ("svd", "eigh"):
         raise ValueError(f'method must be "svd" or "eigh", got {method!r}')
-    A, finite = _zero_nonfinite(A)
+    A, finite = zero_nonfinite(A)
     if method == "svd":
         U, _, Vh = torch.linalg.svd(A, full_matrices=False)
         polar = U @ Vh
@@ -177,14 +177,15 @@ def eigenbasis(S: Tensor) -> Tensor:
         tensor([[0., 1.],
                 [1., 0.]])
     """
-    S = _matrices(S, "eigenbasis")
+    S = as_matrices(S, "eigenbasis")
     if S.size(-2) != S.size(-1):
         raise ValueError(f"eigenbasis needs square matrices, got shape {tuple(S.shape)}")
-    S, finite = _zero_nonfinite(S)
+    S, finite = zero_nonfinite(S)
     return torch.where(finite, torch.linalg.eigh(S).eigenvectors.flip(-1), torch.nan)
 
 
-def _matrices(A: Tensor, name: str) -> Tensor:
+def as_matrices(A: Tensor, name: str) -> Tensor:
+    """`A` in at least float32, or an error on behalf of the function `name` if it holds no real matrices."""
     if not A.is_floating_point():
         raise TypeError(f"{name} needs a real floating-point tensor, got {A.dtype}")
     if A.ndim < 2:
@@ -192,7 +193,7 @@ def _matrices(A: Tensor, name: str) -> Tensor:
     return A.to(torch.promote_types(A.dtype, torch.float32))
 
 
-def _zero_nonfinite(A: Tensor) -> tuple[Tensor, Tensor]:
+def zero_nonfinite(A: Tensor) -> tuple[Tensor, Tensor]:
     """Zeros for matrices that LAPACK would raise an error for, and which are not among them."""
     finite = A.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
     return torch.where(finite, A, 0), finite
