@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from weightlab.merge.activation_assignment import activation_matching
     from weightlab.merge.batch_norm_statistics import reset_batch_norm_
     from weightlab.merge.interpolation import LossBarrier, interpolate, loss_barrier
+    from weightlab.merge.many_models import ManyMerge, merge_many
     from weightlab.merge.permutation import Permutation, apply_permutation, check_equivalence
     from weightlab.merge.permutation_spec import PermutationSpec
     from weightlab.merge.singular_vectors import SingularAlignment, singular_alignment
@@ -18,6 +19,7 @@ __getattr__, __dir__, __all__ = exports(
     __name__,
     {
         "LossBarrier": ".interpolation",
+        "ManyMerge": ".many_models",
         "Permutation": ".permutation",
         "PermutationSpec": ".permutation_spec",
         "SingularAlignment": ".singular_vectors",
@@ -28,6 +30,7 @@ __getattr__, __dir__, __all__ = exports(
         "check_equivalence": ".permutation",
         "interpolate": ".interpolation",
         "loss_barrier": ".interpolation",
+        "merge_many": ".many_models",
         "reset_batch_norm_": ".batch_norm_statistics",
         "singular_alignment": ".singular_vectors",
         "slerp": ".weight_arithmetic",
