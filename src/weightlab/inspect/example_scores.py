@@ -10,8 +10,8 @@ from torch.nn import functional as F
 def el2n(logits: Tensor, targets: Tensor) -> Tensor:
     """Return the norm of the error vector, ‖softmax(z) − onehot(y)‖₂.
 
-    The squares are summed as Σ p_k² + (Σ p_k)² over the classes but y, so that examples which are learned to the last
-    digit still differ, instead of all being rounded to 0.
+    Computed from the classes but y, as √(Σ p_k² + (Σ p_k)²), so that examples which are learned to the last digit still
+    differ, instead of all being rounded to 0.
 
     Args:
         logits: Floating `(..., K)`; half precision is computed in float32.
@@ -36,7 +36,10 @@ def el2n(logits: Tensor, targets: Tensor) -> Tensor:
     """
     _, others = _split(_upcast(logits).softmax(-1), check_targets(logits, targets))
     others = others.clamp(min=0)
-    return torch.cat([others, others.sum(-1, keepdim=True)], -1).norm(dim=-1)
+    total = others.sum(-1)
+    # Squares of small probabilities would underflow; those of their shares do not.
+    shares = others / total.clamp(min=torch.finfo(total.dtype).tiny)[..., None]
+    return total * (1 + shares.square().sum(-1)).sqrt()
 
 
 def prediction_margin(logits: Tensor, targets: Tensor) -> Tensor:

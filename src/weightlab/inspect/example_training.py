@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 
 from weightlab.exceptions import WeightlabError
+from weightlab.inspect.example_scores import check_targets
 
 Data = Dataset[Any] | tuple[Tensor, Tensor]
 Augment = Callable[[Any, torch.Generator], Any]
@@ -210,6 +211,8 @@ def train(
         tick: Called after each step.
 
     Raises:
+        TypeError: If the targets are no integers.
+        ValueError: If a target is out of range.
         WeightlabError: If the loss stops being finite.
     """
     order, changes = (torch.Generator().manual_seed(derived_seed(seed, part)) for part in (1, 2))
@@ -221,8 +224,8 @@ def train(
         for step, (chosen, inputs, targets) in enumerate(reader.batches(batches, derived_seed(seed, 4)), 1):
             if augment is not None:
                 inputs = augment(inputs, changes)
-            targets = to_device(targets, device).long()
             logits = model(to_device(inputs, device))
+            targets = check_targets(logits, targets).to(device)
             for look in watch:
                 look(chosen, logits.detach(), targets)
             loss = F.cross_entropy(logits, targets)

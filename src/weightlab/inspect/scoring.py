@@ -35,6 +35,7 @@ from weightlab.inspect.example_training import (
     train,
 )
 from weightlab.inspect.forgetting import ForgettingTracker
+from weightlab.inspect.gradient_norms import grad_norms
 from weightlab.inspect.scored_data import DataScores
 
 Score = Literal["el2n", "grand", "forgetting", "margin", "loss", "aum"]
@@ -399,11 +400,7 @@ def _evaluate(
 
 
 def _scored(name: Score, model: nn.Module, inputs: Any, logits: Tensor, targets: Tensor) -> Tensor:
-    if name in _LOGITS:
-        return _LOGITS[name](logits, targets)
-    from weightlab.inspect.gradient_norms import grad_norms
-
-    return grad_norms(model, inputs, targets)
+    return _LOGITS[name](logits, targets) if name in _LOGITS else grad_norms(model, inputs, targets)
 
 
 def _load(file: Path, settings: Mapping[str, Any]) -> dict[str, Tensor] | None:
