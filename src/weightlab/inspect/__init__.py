@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from weightlab.inspect.scored_data import DataScores, rank_correlation
     from weightlab.inspect.scoring import SCORES, data_scores, score_examples
     from weightlab.inspect.selection import select
+    from weightlab.inspect.report_page import report_html
     from weightlab.inspect.spectrum import esd
 
 __getattr__, __dir__, __all__ = exports(
@@ -72,6 +73,7 @@ __getattr__, __dir__, __all__ = exports(
         "prediction_margin": ".example_scores",
         "randomized_control": ".randomized",
         "rank_correlation": ".scored_data",
+        "report_html": ".report_page",
         "score_examples": ".scoring",
         "select": ".selection",
         "walk_layers": ".layers",

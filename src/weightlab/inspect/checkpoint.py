@@ -71,7 +71,8 @@ class Checkpoint(Mapping[str, Tensor]):
       `"module"` is found. Files that hold anything but tensors and plain values are refused, because loading them would
       run code.
 
-    A prefix `module.` that all names have is dropped.
+    A prefix `module.` that all names have is dropped. Names of safetensors, which have no order of their own, are sorted
+    by their parts, numbers by size; others keep their order.
 
     Args:
         source: As above.
@@ -121,6 +122,8 @@ class Checkpoint(Mapping[str, Tensor]):
         if not self.infos:
             raise UsageError(f"{self.source} holds no tensors")
         self._drop_prefix("module.")
+        if any(file.suffix == ".safetensors" for file in self._files):
+            self.infos = {name: self.infos[name] for name in sorted(self.infos, key=_by_parts)}
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -293,6 +296,10 @@ def _load(path: Path, *, mapped: bool) -> dict[str, Tensor]:
         for name, tensor in content.items()
         if isinstance(tensor, Tensor) and tensor.layout == torch.strided
     }
+
+
+def _by_parts(name: str) -> list[tuple[bool, int, str]]:
+    return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in name.split(".")]
 
 
 def _read_json(path: Path) -> dict[str, Any]:

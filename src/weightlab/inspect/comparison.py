@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.jupyter import JupyterMixin
 from rich.table import Table
 from torch import Tensor
@@ -25,21 +26,23 @@ from weightlab.inspect.layer_pairs import Pairing, pair_layers
 from weightlab.inspect.numbers import plain, shown
 from weightlab.inspect.report import Report, Tell, make_report
 from weightlab.inspect.spectrum import ConvView
+from weightlab.inspect.tables import Column, fitting_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MEANS = ("alpha_before", "alpha_after", "relative_norm", "stable_rank", "effective_rank", "overlap")
+# Head, attribute, and how soon it is left out where there is no room.
 _SHOWN = (
-    "alpha_before",
-    "alpha_after",
-    "relative_norm",
-    "spectral_norm",
-    "stable_rank",
-    "effective_rank",
-    "rank",
-    "alpha",
-    "overlap",
+    ("α before", "alpha_before", 1),
+    ("α after", "alpha_after", 1),
+    ("‖ΔW‖/‖W‖", "relative_norm", 0),
+    ("σ max", "spectral_norm", 5),
+    ("stable", "stable_rank", 2),
+    ("eff.", "effective_rank", 6),
+    ("rank", "rank", 3),
+    ("α of ΔW", "alpha", 4),
+    ("overlap", "overlap", 2),
 )
 
 
@@ -77,26 +80,25 @@ class Comparison(JupyterMixin):
         }
         return {flag: names for flag, names in found.items() if names}
 
-    def table(self) -> Table:
-        """Return a rich table of the most telling columns."""
-        table = Table(title=f"{self.before.source} → {self.after.source}", title_justify="left")
-        table.add_column("layer", overflow="fold")
-        table.add_column("shape")
-        for column in _SHOWN:
-            table.add_column(column.replace("_", " "), justify="right")
-        table.add_column("status")
-        for row in self.rows:
-            numbers = (shown(getattr(row, column)) for column in _SHOWN)
-            resized = "" if row.rows is None else f"{row.rows[0]} → {row.rows[1]} rows"
-            notes = ", ".join(filter(None, ("" if row.status == "ok" else row.status, resized)))
-            table.add_row(row.name, "×".join(map(str, row.shape)), *numbers, notes)
-        means = (shown(self.summary.get(column, math.nan)) for column in _SHOWN)
-        table.add_section()
-        table.add_row(f"mean of {self.summary['layers']:.0f}", "", *means, "")
-        return table
+    def table(self, width: int | None = None) -> Table:
+        """Return a rich table of the most telling columns; of those, what fits into so many characters."""
+        columns = [
+            Column(
+                head,
+                [shown(getattr(row, name)) for row in self.rows],
+                shown(self.summary[name]) if name in self.summary else "",
+                rank,
+            )
+            for head, name, rank in _SHOWN
+        ]
+        shapes = Column("shape", ["×".join(map(str, row.shape)) for row in self.rows], rank=5)
+        title = f"{self.before.source} → {self.after.source}"
+        notes = Column("status", [row.notes for row in self.rows])
+        foot = f"mean of {self.summary['layers']:.0f}"
+        return fitting_table(title, [row.name for row in self.rows], foot, [shapes, *columns], notes, width)
 
-    def __rich__(self) -> Table:
-        return self.table()
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield self.table(options.max_width)
 
     def plot(self) -> Figure:
         """Draw each layer's exponent before and after, and under it the relative size of the change.

@@ -79,6 +79,12 @@ class ChangeRow:
     overlap_in: float = math.nan
     overlap: float = math.nan
 
+    @property
+    def notes(self) -> str:
+        """What there is to say beside the numbers: a status other than "ok", and how a table was resized."""
+        resized = "" if self.rows is None else f"{self.rows[0]} → {self.rows[1]} rows"
+        return ", ".join(filter(None, ("" if self.status == "ok" else self.status, resized)))
+
 
 class Change(NamedTuple):
     """All that was read from a pair of layers: its row, the rows of W, W + ΔW and ΔW, and their eigenvalues."""
