@@ -26,10 +26,10 @@ if TYPE_CHECKING:
         layer_rows,
         make_report,
     )
+    from weightlab.inspect.report_page import report_html
     from weightlab.inspect.scored_data import DataScores, rank_correlation
     from weightlab.inspect.scoring import SCORES, data_scores, score_examples
     from weightlab.inspect.selection import select
-    from weightlab.inspect.report_page import report_html
     from weightlab.inspect.spectrum import esd
 
 __getattr__, __dir__, __all__ = exports(
