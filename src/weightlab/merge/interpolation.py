@@ -97,14 +97,7 @@ def loss_barrier(
         >>> hill.barrier < 1e-6, len(hill.losses)
         (True, 25)
     """
-    if isinstance(lambdas, int):
-        if lambdas < 2:
-            raise ValueError(f"lambdas must be at least 2 points, got {lambdas}")
-        points = [i / (lambdas - 1) for i in range(lambdas)]
-    else:
-        points = sorted({0.0, 1.0, *map(float, lambdas)})
-        if not all(0 <= point <= 1 for point in points):
-            raise ValueError(f"lambdas must lie in [0, 1], got {list(lambdas)}")
+    points = points_between(lambdas)
     totals, count = [0.0] * len(points), 0
     with evaluating(model):
         for inputs, targets in loader:
@@ -114,7 +107,40 @@ def loss_barrier(
                 totals[i] += float(loss(outputs, targets)) * len(targets)
     if not count:
         raise ValueError("loader has no batches (a generator that was used before is empty)")
-    losses = [total / count for total in totals]
+    return hill(points, [total / count for total in totals])
+
+
+def points_between(lambdas: int | Sequence[float]) -> list[float]:
+    """Points of a line: so many, evenly spaced, or these and the ends.
+
+    Raises:
+        ValueError: If they are fewer than 2 or outside [0, 1].
+
+    Example:
+        >>> points_between(3), points_between([0.3])
+        ([0.0, 0.5, 1.0], [0.0, 0.3, 1.0])
+    """
+    if isinstance(lambdas, int):
+        if lambdas < 2:
+            raise ValueError(f"lambdas must be at least 2 points, got {lambdas}")
+        return [i / (lambdas - 1) for i in range(lambdas)]
+    points = sorted({0.0, 1.0, *map(float, lambdas)})
+    if not all(0 <= point <= 1 for point in points):
+        raise ValueError(f"lambdas must lie in [0, 1], got {list(lambdas)}")
+    return points
+
+
+def hill(points: Sequence[float], losses: Sequence[float]) -> LossBarrier:
+    """How far losses rise above the straight line between the first and the last.
+
+    Args:
+        points: Ascending from 0 to 1.
+        losses: Losses there.
+
+    Example:
+        >>> hill([0, 0.5, 1], [1.0, 4.0, 2.0])
+        LossBarrier(barrier=2.5, at=0.5, lambdas=(0, 0.5, 1), losses=(1.0, 4.0, 2.0))
+    """
     # The ends lie on the line by definition, whatever rounding makes of it.
     excess = [
         0.0 if point in (0, 1) else height - (losses[0] + point * (losses[-1] - losses[0]))
