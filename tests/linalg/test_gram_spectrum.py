@@ -8,9 +8,10 @@ def gaussian(*shape, dtype=torch.float64, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-@pytest.fixture(params=["batched", "alone"])
+@pytest.fixture(params=["batched", "alone", "copied"])
 def path(request, monkeypatch):
-    monkeypatch.setattr(gram_spectrum, "_ALONE", 1 if request.param == "alone" else 1000)
+    monkeypatch.setattr(gram_spectrum, "_ALONE", 1000 if request.param == "batched" else 1)
+    monkeypatch.setattr(gram_spectrum, "_COPIED", range(1000 if request.param == "copied" else 0))
 
 
 @pytest.mark.usefixtures("path")

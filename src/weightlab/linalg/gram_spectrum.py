@@ -13,6 +13,8 @@ _CHUNK = 1 << 22
 _STRIP = 256
 # Matrices with a shorter side from this on are done one by one on the CPU.
 _ALONE = 192
+# Where PyTorch's solver is faster than SciPy's, and the copy that it makes of the Gram matrix small.
+_COPIED = range(1536, 8193)
 
 
 @torch.no_grad()
@@ -20,7 +22,7 @@ def gram_eigenvalues(W: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
     r"""Eigenvalues of :math:`W W^\top`, or of :math:`W^\top W` where that is smaller: squared singular values.
 
     The Gram matrix is summed over chunks of the long side, each converted to `dtype` by itself. Beside W, memory
-    holds the Gram matrix, the eigensolver's workspace and one chunk.
+    holds the Gram matrix, for m up to 8192 a copy of it, and one chunk.
 
     Args:
         W: Shape `(..., m, n)`, floating point, any strides. The leading dimensions are a batch.
@@ -76,6 +78,8 @@ def _spectrum(W: Tensor, dtype: torch.dtype) -> Tensor:
         gram = syrk(1.0, a, beta=1.0, c=gram, trans=by_rows, lower=True, overwrite_c=True)
     # |gᵢⱼ|² is at most gᵢᵢ gⱼⱼ.
     _check(torch.from_numpy(gram.diagonal().copy()), dtype)
+    if m in _COPIED:
+        return torch.linalg.eigvalsh(torch.from_numpy(gram.T), UPLO="U")
     return torch.from_numpy(eigvalsh(gram, lower=True, overwrite_a=True, check_finite=False, driver="ev"))
 
 
