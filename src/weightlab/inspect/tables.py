@@ -81,11 +81,11 @@ def fitting_table(
         """What is left for names and notes."""
         return math.inf if width is None else width - sum(column.width + _GAP for column in kept) - _GAP
 
-    wanted = min(longest, max(_LEAST_NAME, (width or longest) // 3)) + min(notes.width, 14)
-    while kept and room() < wanted:
+    name_width = min(longest, max(_LEAST_NAME, (width or longest) // 3))
+    while kept and room() < name_width + min(notes.width, 14):
         kept.remove(max(kept, key=lambda column: column.rank))
     table = Table(title=Text(title), title_justify="left", title_style="bold", box=None, pad_edge=False)
-    table.add_column(head, overflow="fold", min_width=min(longest, _LEAST_NAME))
+    table.add_column(head, overflow="fold", min_width=name_width)
     for column in kept:
         table.add_column(column.head, justify="right", no_wrap=True)
     table.add_column(notes.head, overflow="fold")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
@@ -50,7 +51,6 @@ class KeptRows:
         self.problem: str | None = None
         self._head = head
         self._file: TextIO | None = None
-        self._made = not FOLDER.exists()
         kept = self._read()
         if kept and not (resume or force):
             raise UsageError(
@@ -60,7 +60,8 @@ class KeptRows:
         if kept and resume:
             self.rows = kept
         else:
-            self.path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self.path.unlink(missing_ok=True)
 
     def _read(self) -> dict[str, Any]:
         try:
@@ -104,11 +105,10 @@ class KeptRows:
             self._file = None
 
     def discard(self) -> None:
-        """Remove the file, and the folder if it was made for it and holds nothing else."""
+        """Remove the file, and the folder if it holds nothing else."""
         self.close()
-        try:
+        # What cannot be removed does no harm.
+        with contextlib.suppress(OSError):
             self.path.unlink(missing_ok=True)
-            if self._made and FOLDER.is_dir() and not any(FOLDER.iterdir()):
+            if not any(FOLDER.iterdir()):
                 FOLDER.rmdir()
-        except OSError:
-            pass  # What cannot be removed does no harm.
