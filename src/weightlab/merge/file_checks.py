@@ -52,19 +52,30 @@ def compare_architectures(models: Sequence[StoredWeights]) -> list[str]:
 def finite_tensor(stored: StoredWeights, name: str) -> Tensor:
     """Read a tensor. Raises WeightlabError, naming it, if an entry is not finite."""
     tensor = stored.tensors[name]
-    if tensor.is_floating_point() and not tensor.isfinite().all():
-        bad = int((~tensor.isfinite()).sum())
-        raise WeightlabError(
-            f"{name} of {stored.path} has {bad} {'entry that is' if bad == 1 else 'entries that are'} not finite; "
-            "nothing was written"
-        )
+    _check_finite(tensor, stored.path, name)
     return tensor
 
 
-def masked_alike(name: str, models: Sequence[StoredWeights]) -> bool:
-    """Whether all have the same infinities, as saved attention masks do."""
-    tensor = models[0].tensors[name]
-    return bool(tensor.isinf().any()) and all(torch.equal(tensor, m.tensors[name]) for m in models[1:])
+def floating_tensors(models: Sequence[StoredWeights], name: str) -> list[Tensor] | None:
+    """Read a tensor of each model; None if all have the same infinities, as saved attention masks do.
+
+    Raises WeightlabError, naming the tensor, if an entry is not finite otherwise.
+    """
+    tensors = [model.tensors[name] for model in models]
+    if tensors[0].isinf().any() and all(torch.equal(tensors[0], other) for other in tensors[1:]):
+        return None
+    for model, tensor in zip(models, tensors, strict=True):
+        _check_finite(tensor, model.path, name)
+    return tensors
+
+
+def _check_finite(tensor: Tensor, path: str, name: str) -> None:
+    if tensor.is_floating_point() and not tensor.isfinite().all():
+        bad = int((~tensor.isfinite()).sum())
+        raise WeightlabError(
+            f"{name} of {path} has {bad} {'entry that is' if bad == 1 else 'entries that are'} not finite; nothing was "
+            "written"
+        )
 
 
 def refuse_quantized(name: str, models: Sequence[StoredWeights]) -> None:

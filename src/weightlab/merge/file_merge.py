@@ -13,7 +13,12 @@ from torch import Tensor
 
 from weightlab.merge.batch_norm_statistics import reset_batch_norm_
 from weightlab.merge.bench import Bench, line_losses, load_into, running
-from weightlab.merge.file_checks import compare_architectures, finite_tensor, masked_alike, refuse_quantized
+from weightlab.merge.file_checks import (
+    compare_architectures,
+    finite_tensor,
+    floating_tensors,
+    refuse_quantized,
+)
 from weightlab.merge.file_matching import match_states
 from weightlab.merge.merge_settings import Settings, check_settings, free_place
 from weightlab.merge.permutation import evaluating
@@ -157,9 +162,9 @@ def _plan(
         if dtype is not None and not dtype.is_floating_point:
             refuse_quantized(name, all_models)
             return None
-        if masked_alike(name, all_models):
+        tensors = floating_tensors(all_models, name)
+        if tensors is None:
             return None
-        tensors = [finite_tensor(model, name) for model in all_models]
         squares[name] = [
             float(torch.linalg.vector_norm(x.float()))
             for x in (tensors[0], tensors[1].to(tensors[0]) - tensors[0])

@@ -10,6 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from weightlab.merge.stored_weights import file_size
+
 _PLAIN_EVERY = 10.0
 
 
@@ -67,19 +69,6 @@ def summary(result: Mapping[str, Any]) -> str:
     where = "" if result["report"] is None else f", report: {result['report']}"
     size = f"{result['tensors']} tensors, {result['parameters']:,} parameters, {file_size(result['bytes'])}"
     return "\n".join([*lines, f"{size}, {result['seconds']:.1f} s: {result['out']}{where}"])
-
-
-def file_size(size: int) -> str:
-    """Write a number of bytes.
-
-    Example:
-        >>> file_size(19576), file_size(13_500_000_000)
-        ('19.6 kB', '13.5 GB')
-    """
-    unit, name = next(
-        (u, n) for u, n in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B")) if size >= u or u == 1
-    )
-    return f"{size / unit:.3g} {name}"
 
 
 def _matching(result: Mapping[str, Any]) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 from weightlab._pages.drawing import GOOD, GRID, MUTED, PAGE, SERIES, TEXT, canvas, style_axes, svg
 from weightlab._pages.files import write_text
 from weightlab._pages.shell import markup, render
-from weightlab.merge.merge_display import file_size
+from weightlab.merge.stored_weights import file_size
 
 _LABELS = {
     "before": ("as they are", 2, "7 3"),

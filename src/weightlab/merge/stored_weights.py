@@ -163,8 +163,7 @@ def replacing(target: Path, size: int) -> Iterator[Path]:
         free = shutil.disk_usage(target.parent).free
         if free < size:
             raise WeightlabError(
-                f"{target} takes {size / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free there; free space, or choose "
-                "another --out"
+                f"{target} takes {file_size(size)}, and {file_size(free)} are free there; free space, or choose another --out"
             )
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as place:
             new = Path(place) / "new"
@@ -176,3 +175,16 @@ def replacing(target: Path, size: int) -> Iterator[Path]:
         raise WeightlabError(
             f"cannot write {target}: {error.strerror or error}; nothing was written"
         ) from error
+
+
+def file_size(size: int) -> str:
+    """Write a number of bytes.
+
+    Example:
+        >>> file_size(19576), file_size(13_500_000_000)
+        ('19.6 kB', '13.5 GB')
+    """
+    unit, name = next(
+        (u, n) for u, n in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B")) if size >= u or u == 1
+    )
+    return f"{size / unit:.3g} {name}"
