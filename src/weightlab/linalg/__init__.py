@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from weightlab._lazy import exports
 
 if TYPE_CHECKING:
+    from weightlab.linalg.assignment import Assignment, linear_assignment
     from weightlab.linalg.coefficient_fit import fit_newton_schulz, gaussian_spectrum, spectrum_error
     from weightlab.linalg.coefficients import COEFFICIENTS, CoefficientSet
     from weightlab.linalg.column_selection import expand_basis_columns, select_basis_columns
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = exports(
     __name__,
     {
+        "Assignment": ".assignment",
         "COEFFICIENTS": ".coefficients",
         "CoefficientSet": ".coefficients",
         "IncrementalPCA": ".incremental_pca",
@@ -43,6 +45,7 @@ __getattr__, __dir__, __all__ = exports(
         "fit_newton_schulz": ".coefficient_fit",
         "gaussian_spectrum": ".coefficient_fit",
         "gram_eigenvalues": ".gram_spectrum",
+        "linear_assignment": ".assignment",
         "merge_shapes": ".padding",
         "newton_schulz": ".matrix_sign",
         "newton_schulz_foreach": ".matrix_sign",
