@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from weightlab.linalg.assignment import linear_assignment
 from weightlab.merge.permutation import Permutation, evaluating
 from weightlab.merge.permutation_spec import PermutationSpec
-from weightlab.merge.weight_descent import best_assignment, check_same_tensors
+from weightlab.merge.weight_descent import check_same_tensors
 
 # Which axis of a layer's weight and which of its output, counted from the end, hold its output units.
 _LAYERS: tuple[tuple[type[nn.Module], int, int], ...] = (
@@ -88,7 +89,7 @@ def activation_matching(
         if not found.isfinite().all():
             raise ValueError(f"activations of {layer} are not finite on this data")
         similarity[group] = similarity[group] + found.to(similarity[group]) if group in similarity else found
-    return Permutation({group: best_assignment(similarity[group]) for group in sorted(similarity)})
+    return Permutation({group: linear_assignment(similarity[group]).columns for group in sorted(similarity)})
 
 
 class _Moments:

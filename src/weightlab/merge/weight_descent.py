@@ -7,14 +7,18 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from weightlab.linalg.assignment import linear_assignment
 from weightlab.merge.permutation import Permutation, apply_permutation, check_groups
 from weightlab.merge.permutation_spec import Factors, PermutationSpec
 
 # A smaller gain cannot be told from rounding, in units of the resolution: errors of n entries add like their root.
-_ROUNDING = 4
+_ROUNDING = 8
+# Columns exchanged one by one before a product is made anew, in units of its size.
+_EXCHANGES = 4
+# Where there are several starts, each pauses at a sweep that gains less than this share of what it gained so far.
+_ENOUGH = 0.1
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,13 +51,18 @@ def weight_matching(
     r"""Find the permutation π of B's units that minimises :math:`\|\theta_a - \pi(\theta_b)\|^2`.
 
     Coordinate descent: groups are visited in random order, and each takes the best permutation given the others', by
-    a linear assignment, until none can gain. The distance never grows. The result is a local optimum, even
-    where B is a permutation of A (with one group it is the optimum), which is why it is sought
-    several times, in other orders.
+    a linear assignment, until none can gain. The result is a local optimum, even where B is a permutation of A (with
+    one group it is the optimum), which is why it is sought several times, in other orders.
+
+    Where to start matters more than the order. Units of layers far from inputs and outputs cannot be compared before
+    their neighbours are matched, so by default a start grows from what is fixed: groups are matched one after the
+    other by those tensors whose other axes are fixed or matched already, those of which most is known most likely
+    first. From there the descent is shorter and ends higher than from the identity, the choice of Git Re-Basin, which
+    is `init=Permutation.identity(spec.group_sizes(params_a))`. The result is never farther from A than B was.
 
     Shortcuts leave the result what it is, but for rounding: products with B are done again only for tensors of which
-    another group has moved, and only for the columns that did; groups without such are not visited; and where the largest entry of every row of the matrix of
-    similarities lies in a column of its own, it is the assignment.
+    another group has moved, and only for the columns that did; groups without such are not visited; and assignments
+    begin at the prices of the group's last one.
 
     Args:
         params_a: Tensors of the reference by name, such as a state dict.
@@ -62,8 +71,8 @@ def weight_matching(
             their group and have no say.
         n_restarts: Orders to try; the best result is returned. Default 5. It ends early at distance 0.
         max_sweeps: Rounds through all groups in one of them, as in the official code of Git Re-Basin. Default 100.
-        init: Where to start. Default None: the identity.
-        generator: For the order of visits, on the CPU. Default None: PyTorch's.
+        init: Where to start, all restarts. Default None: grown from what is fixed.
+        generator: For the orders of starts and visits, on the CPU. Default None: PyTorch's.
         device: Where to multiply matrices. Default None: where each group's first tensor of A lies. Assignments are
             solved on the CPU.
 
@@ -116,16 +125,31 @@ def weight_matching(
         start = Permutation({**start.indices, **{g: index.cpu() for g, index in init.indices.items()}})
 
     groups = [_Group(group, factors, params_a, params_b, device) for group in sorted(sizes)]
-    best: WeightMatching | None = None
+    starts = _Starts(groups, start.indices)
+
+    def measured(descent: _Descent) -> WeightMatching:
+        indices = dict(descent.indices)
+        return WeightMatching(
+            indices, *_compare(params_a, params_b, spec, Permutation(indices), compared), descent.sweeps
+        )
+
+    best: tuple[_Descent, WeightMatching] | None = None
     for _ in range(n_restarts):
-        indices, sweeps = _descend(groups, dict(start.indices), max_sweeps, generator)
-        objective, distance = _compare(params_a, params_b, spec, Permutation(indices), compared)
-        if best is None or objective > best.objective:
-            best = WeightMatching(indices, objective, distance, sweeps)
-        if best.distance == 0 or len(groups) < 2:
+        descent = _Descent(groups, starts.draw(generator) if init is None else start.indices)
+        descent.run(max_sweeps, generator, enough=_ENOUGH if n_restarts > 1 else 0.0)
+        found = measured(descent)
+        if best is None or found.objective > best[1].objective:
+            best = descent, found
+        if found.distance == 0 or len(groups) < 2:
             break
     assert best is not None
-    return best
+    descent, found = best
+    if init is None and found.objective <= _compare(params_a, params_b, spec, start, compared)[0]:
+        descent = _Descent(groups, start.indices)
+    if descent.settling:
+        descent.run(max_sweeps, generator)
+        found = measured(descent)
+    return found
 
 
 def check_same_tensors(params_a: Mapping[str, Tensor], params_b: Mapping[str, Tensor]) -> None:
@@ -138,32 +162,6 @@ def check_same_tensors(params_a: Mapping[str, Tensor], params_b: Mapping[str, Te
                 f"{name} has shape {tuple(params_a[name].shape)} in params_a and {tuple(params_b[name].shape)} in "
                 "params_b"
             )
-
-
-def best_assignment(similarity: Tensor) -> Tensor:
-    """The permutation p with the largest sum of ``similarity[i, p[i]]``.
-
-    Args:
-        similarity: Square matrix, finite, on any device.
-
-    Returns:
-        Indices, int64 of shape (n,), on the CPU.
-
-    Complexity:
-        O(n³) at worst, O(n²) where the largest entries of the rows lie in columns of their own.
-
-    Example:
-        >>> best_assignment(torch.tensor([[1.0, 3.0], [2.0, 4.1]])).tolist()
-        [0, 1]
-    """
-    largest = similarity.argmax(dim=1).cpu()
-    if len(largest.unique()) == len(largest):
-        return largest
-    # Neither a row's nor a column's own constant changes the solution; without them it is found sooner.
-    costs = similarity.amax(dim=1, keepdim=True).double().cpu() - similarity.double().cpu()
-    costs -= costs.amin(dim=0, keepdim=True)
-    _, columns = linear_sum_assignment(costs.numpy())
-    return torch.from_numpy(columns)
 
 
 class _Group:
@@ -180,6 +178,8 @@ class _Group:
         self.name = name
         self.coupled: list[_Coupled] = []
         self.alone: Tensor | None = None
+        self.fixed = 0
+        self.prices: Tensor | None = None
         self.noise = 0.0
         self.size = 0
         for tensor, parts in factors.items():
@@ -199,18 +199,28 @@ class _Group:
             if any(neighbours):
                 self.coupled.append(_Coupled(a.contiguous(), b, neighbours))
             else:
+                # A bias, one number a unit, says too little to begin with.
+                self.fixed += a.numel() if a.numel() > self.size else 0
                 product = a.reshape(self.size, -1) @ b.reshape(self.size, -1).T
                 self.alone = product if self.alone is None else self.alone + product
 
-    def similarity(self, indices: Mapping[str, Tensor]) -> Tensor:
-        """Matrix of shape (size, size): what each unit of B in each place of A adds to the objective."""
-        products = [part.product(indices) for part in self.coupled]
+    def similarity(self, indices: Mapping[str, Tensor], coupled: Iterable[_Coupled]) -> Tensor:
+        """Matrix of shape (size, size): what each unit of B in each place of A adds to the objective.
+
+        Only through tensors that no other group permutes, and these that others do.
+        """
+        products = [part.product(indices) for part in coupled]
         if self.alone is not None:
             products.append(self.alone)
         total = products[0]
         for product in products[1:]:
             total = total + product
         return total
+
+    def assign(self, similarity: Tensor) -> Tensor:
+        """The best permutation by these similarities."""
+        columns, self.prices = linear_assignment(similarity, self.prices)
+        return columns
 
     def stamp(self, moves: Mapping[str, int]) -> tuple[int, ...]:
         """Changes whenever a neighbour has moved."""
@@ -235,8 +245,7 @@ class _Coupled:
             (now[moved[0]] != self.seen[moved[0]]).nonzero()[:, 0] if self.seen and len(moved) == 1 else None
         )
         if places is not None and len(places) <= self.budget:
-            # Only what moved changes the product. The budget bounds rounding: no more columns are exchanged bit by
-            # bit than a new product has.
+            # Only what moved changes the product. The budget bounds rounding.
             self.budget -= len(places)
             axis = self.neighbours.index(moved[0]) + 1
             a = self.a.index_select(axis, places.to(self.a.device))
@@ -245,7 +254,7 @@ class _Coupled:
             )
             self.cached = self.cached + a.flatten(1) @ (fresh - stale).flatten(1).T
         elif moved:
-            self.budget = max(now[g].numel() for g in moved)
+            self.budget = _EXCHANGES * max(now[g].numel() for g in moved)
             self.cached = self.a.flatten(1) @ self._permuted(now).flatten(1).T
         self.seen = now
         return self.cached
@@ -258,28 +267,80 @@ class _Coupled:
         return b
 
 
-def _descend(
-    groups: list[_Group], indices: dict[str, Tensor], max_sweeps: int, generator: torch.Generator | None
-) -> tuple[dict[str, Tensor], int]:
-    moves = dict.fromkeys(indices, 0)
-    settled: dict[str, tuple[int, ...]] = {}
-    for sweep in range(1, max_sweeps + 1):
-        progress = False
-        for i in torch.randperm(len(groups), generator=generator).tolist():
-            group = groups[i]
-            stamp = group.stamp(moves)
-            if settled.get(group.name) == stamp or not (group.coupled or group.alone is not None):
-                continue
-            settled[group.name] = stamp
-            similarity = group.similarity(indices)
-            old, new = indices[group.name], best_assignment(similarity)
-            if _total(similarity, new) - _total(similarity, old) > group.noise:
-                indices[group.name] = new
-                moves[group.name] += 1
-                progress = True
-        if not progress:
-            return indices, sweep
-    return indices, max_sweeps
+class _Starts:
+    """Permutations grown from what is fixed: group by group, by the tensors whose other axes are matched before."""
+
+    def __init__(self, groups: list[_Group], identity: Mapping[str, Tensor]) -> None:
+        self.groups = [group for group in groups if group.coupled or group.alone is not None]
+        self.identity = identity
+        self.found: dict[tuple[str, ...], Tensor] = {}
+
+    def draw(self, generator: torch.Generator | None) -> dict[str, Tensor]:
+        """Grow one, in random order."""
+        indices, left, path = dict(self.identity), list(self.groups), ()
+        while left:
+            unknown = {group.name for group in left}
+            ready = [
+                [part for part in group.coupled if unknown.isdisjoint(part.neighbours)] for group in left
+            ]
+            known = [group.fixed + _entries(parts) for group, parts in zip(left, ready, strict=True)]
+            if not any(known):
+                chances, ready = [1.0] * len(left), [group.coupled for group in left]
+            elif not path:
+                chances = [float(count > 0) for count in known]
+            else:
+                total = [group.fixed + _entries(group.coupled) for group in left]
+                chances = [count / whole for count, whole in zip(known, total, strict=True)]
+            i = int(torch.multinomial(torch.tensor(chances), 1, generator=generator))
+            group = left.pop(i)
+            path = (*path, group.name)
+            if path not in self.found:
+                self.found[path] = group.assign(group.similarity(indices, ready[i]))
+            indices[group.name] = self.found[path]
+        return indices
+
+
+def _entries(parts: Iterable[_Coupled]) -> int:
+    return sum(part.a.numel() for part in parts)
+
+
+class _Descent:
+    """Coordinate descent from one start."""
+
+    def __init__(self, groups: list[_Group], start: Mapping[str, Tensor]) -> None:
+        self.groups = [group for group in groups if group.coupled or group.alone is not None]
+        self.indices = dict(start)
+        self.sweeps = 0
+        self.settling = True
+        self._gained = 0.0
+        self._moves = dict.fromkeys(start, 0)
+        self._settled: dict[str, tuple[int, ...]] = {}
+
+    def run(self, max_sweeps: int, generator: torch.Generator | None, enough: float = 0.0) -> None:
+        """Go on until nothing gains, or a sweep gains less than this share of all so far."""
+        while self.settling and self.sweeps < max_sweeps:
+            self.sweeps += 1
+            gains = [
+                self._visit(self.groups[i]) for i in torch.randperm(len(self.groups), generator=generator)
+            ]
+            self._gained += sum(gains)
+            self.settling = any(gains)
+            if sum(gains) < enough * self._gained:
+                break
+
+    def _visit(self, group: _Group) -> float:
+        stamp = group.stamp(self._moves)
+        if self._settled.get(group.name) == stamp:
+            return 0.0
+        self._settled[group.name] = stamp
+        similarity = group.similarity(self.indices, group.coupled)
+        new = group.assign(similarity)
+        gain = _total(similarity, new) - _total(similarity, self.indices[group.name])
+        if gain <= group.noise:
+            return 0.0
+        self.indices[group.name] = new
+        self._moves[group.name] += 1
+        return gain
 
 
 def _total(similarity: Tensor, index: Tensor) -> float:
