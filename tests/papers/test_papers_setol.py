@@ -12,7 +12,7 @@ from weightlab.inspect import erg_count
 from weightlab.papers import reproduce
 from weightlab.papers._setol_task import count_by_products, gaussian_spectrum, kendall, measure, train
 from weightlab.papers.schema import ClaimContext
-from weightlab.papers.setol import CLAIMS, crossing, judge_above, judge_rivals
+from weightlab.papers.setol import CLAIMS, crossing, judge_above, judge_at_one_rate, judge_rivals
 
 
 class TestJudges:
@@ -27,6 +27,11 @@ class TestJudges:
         assert judge_rivals(alpha, {"weak": weak, "same": alpha}) == "not held"
         assert judge_rivals(alpha, {"weak": weak, "reversed": [-x for x in alpha]}) == "not held"
         assert judge_rivals(alpha, {"weak": weak, "noisy": noisy}) == "inconclusive"
+
+    def test_at_one_rate_no_correlation_is_needed_to_lose(self):
+        assert judge_at_one_rate([0.3, 0.4, 0.5, 0.4]) == "held"
+        assert judge_at_one_rate([0.1, -0.1, 0.05, 0.0]) == "not held"
+        assert judge_at_one_rate([0.6, -0.2, 0.5, 0.1]) == "inconclusive"
 
     def test_crossing_is_the_first_rate_under_two_that_all_networks_bear(self):
         alphas, errors = np.array([[2.5, 2.1, 1.8, 1.5], [2.6, 2.0, 1.9, 1.5]]), np.full((2, 4), 0.03)
