@@ -11,7 +11,15 @@ from hypothesis.extra import numpy as hnp
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from weightlab.linalg import linear_assignment
+from weightlab.linalg import assignment, linear_assignment
+
+
+@pytest.fixture(autouse=True, scope="module", params=[2, 128])
+def large(request: pytest.FixtureRequest):
+    """Bid for small matrices, too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(assignment, "_LARGE", request.param)
+        yield
 
 
 def optimum(similarity: Tensor) -> float:
@@ -79,8 +87,6 @@ def test_prices_of_a_similar_problem_serve(kind: str):
 
 
 def test_columns_of_their_own_need_no_solver(monkeypatch: pytest.MonkeyPatch):
-    from weightlab.linalg import assignment
-
     monkeypatch.setattr(assignment, "linear_sum_assignment", None)
     order = torch.randperm(50, generator=torch.Generator().manual_seed(0))
     similarity = torch.eye(50)[order] + 0.3 * torch.rand(50, 50, generator=torch.Generator().manual_seed(1))

@@ -12,6 +12,8 @@ from torch import Tensor
 
 # Rounds of bidding that leave the solver least to do for what they cost, on similarities of trained layers.
 _ROUNDS = 10
+# Below this size the solver is faster than the bids; one round finds out whether it is needed.
+_LARGE = 128
 
 
 class Assignment(NamedTuple):
@@ -83,7 +85,7 @@ def _auction(values: NDArray, prices: NDArray) -> tuple[NDArray, NDArray]:
     prices, order = prices.copy(), np.arange(n)
     columns, owner = np.full(n, -1), np.full(n, -1)
     free, few = order, n // 64
-    for _ in range(_ROUNDS if n > 1 else 0):
+    for _ in range(_ROUNDS if n >= _LARGE else min(1, n - 1)):
         gains = (values if len(free) == n else values[free]) - prices
         wanted = gains.argmax(1)
         places = order[: len(free)], wanted
