@@ -51,6 +51,64 @@ def test_fused_projections_are_split_on_demand(name, shape):
     assert q.shape == tuple(q.load().shape) == (4, 4)
 
 
+def write(folder, name, W, config):
+    save_file({name: W}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    return [layer.load() for layer in walk_layers(Checkpoint(folder), split_qkv=True)]
+
+
+ATTENTION = {"num_attention_heads": 4, "hidden_size": 12, "n_head": 4, "n_embd": 12}
+
+
+def by_group(W, groups, heads):
+    """q, k, v of weights that take turns: `heads` of queries, one of keys, one of values in a group; heads are 3 wide."""
+    turns = W.reshape(groups, heads + 2, 3, W.shape[1])
+    return [part.reshape(-1, W.shape[1]) for part in (turns[:, :-2], turns[:, -2], turns[:, -1])]
+
+
+@pytest.mark.parametrize(
+    ("facts", "groups", "heads"),
+    [
+        ({"model_type": "gpt_neox"}, 4, 1),
+        ({"model_type": "bloom"}, 4, 1),
+        ({"model_type": "falcon", "multi_query": False}, 4, 1),
+        ({"model_type": "falcon", "multi_query": True}, 1, 4),
+        ({"model_type": "falcon", "new_decoder_architecture": True, "num_kv_heads": 2}, 2, 2),
+        ({"model_type": "gpt_bigcode", "multi_query": False}, 4, 1),
+    ],
+)
+def test_parts_that_take_turns_are_told_by_the_config(tmp_path, facts, groups, heads):
+    W = gaussian(groups * (heads + 2) * 3, 12)
+    parts = write(tmp_path, "h.0.query_key_value.weight", W, {**ATTENTION, **facts})
+    for part, expected in zip(parts, by_group(W, groups, heads), strict=True):
+        assert torch.equal(part, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "facts"),
+    [
+        ("qkv_proj", {"model_type": "phi3", "num_key_value_heads": 2}),
+        ("Wqkv", {"model_type": "dbrx", "attn_config": {"kv_n_heads": 2}}),
+    ],
+)
+def test_fewer_heads_of_keys_are_told_by_the_config(tmp_path, name, facts):
+    W = gaussian(24, 12)
+    parts = write(tmp_path, f"h.0.{name}.weight", W, {**ATTENTION, **facts})
+    assert [len(part) for part in parts] == [12, 6, 6]
+    assert torch.equal(torch.cat(parts), W)
+
+
+def test_layouts_that_are_not_known_are_left_whole(tmp_path):
+    W = gaussian(36, 12)
+    for name, facts in (
+        ("query_key_value", {}),
+        ("qkv_proj", {"model_type": "codegen", **ATTENTION}),
+        ("query_key_value", {"model_type": "gpt_neox", "num_attention_heads": 5, "hidden_size": 12}),
+    ):
+        (whole,) = write(tmp_path, f"{name}.weight", W, facts)
+        assert torch.equal(whole, W)
+
+
 def test_selection():
     checkpoint = Checkpoint({"a.x": gaussian(3, 3), "b.x": gaussian(3, 3), "b.y": gaussian(3, 3)})
     assert [layer.name for layer in walk_layers(checkpoint, layers=["b.*", "a.x"])] == ["a.x", "b.x", "b.y"]

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from weightlab.inspect.erg import ErgCount, erg_count
     from weightlab.inspect.example_scores import el2n, example_loss, logit_margin, prediction_margin
     from weightlab.inspect.forgetting import ForgettingTracker
+    from weightlab.inspect.fused_projections import FusedProjection, fused_projection
     from weightlab.inspect.gradient_norms import grad_norm_methods, grad_norms
     from weightlab.inspect.layer_changes import Change, ChangeRow, change_rows
     from weightlab.inspect.layer_pairs import Pair, Pairing, pair_layers
@@ -44,6 +45,7 @@ __getattr__, __dir__, __all__ = exports(
         "ErgCount": ".erg",
         "FLAGS": ".report",
         "ForgettingTracker": ".forgetting",
+        "FusedProjection": ".fused_projections",
         "Layer": ".layers",
         "LayerRow": ".report",
         "Pair": ".layer_pairs",
@@ -61,6 +63,7 @@ __getattr__, __dir__, __all__ = exports(
         "esd": ".spectrum",
         "example_loss": ".example_scores",
         "fit_power_law": ".power_law",
+        "fused_projection": ".fused_projections",
         "grad_norm_methods": ".gradient_norms",
         "grad_norms": ".gradient_norms",
         "inspect_layer": ".report",

@@ -64,10 +64,10 @@ def bin_spectrum(evals: Tensor | Sequence[float], down_to: float = math.inf) -> 
     """
     x = torch.as_tensor(evals, dtype=torch.float64)
     high = float(x.max()) if len(x) else 0.0
-    if high == 0:
+    # Numbers near the least that there are have no logarithm to speak of.
+    if high * _DEEPEST < torch.finfo(torch.float64).tiny:
         return BinnedSpectrum(0.0, 0.0, (), len(x))
-    least = max(_DEEPEST * high, torch.finfo(torch.float64).tiny)
-    drawn = x[x >= max(least, min(_DEPTH * high, down_to))]
+    drawn = x[x >= max(_DEEPEST * high, min(_DEPTH * high, down_to))]
     low = float(drawn.min())
     if high <= 1.001 * low:
         return BinnedSpectrum(low / 1.1, high * 1.1, (len(drawn),), len(x) - len(drawn))

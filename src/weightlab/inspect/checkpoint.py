@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pickle
@@ -129,6 +130,12 @@ class Checkpoint(Mapping[str, Tensor]):
     def files(self) -> tuple[Path, ...]:
         """The files that it reads from; none for a module or mapping."""
         return tuple(self._files)
+
+    @functools.cached_property
+    def config(self) -> dict[str, Any]:
+        """Contents of the model's `config.json`, from the folder that its files lie in; empty if there is none."""
+        beside = self._files[0].with_name("config.json") if self._files else None
+        return _read_json(beside) if beside is not None and beside.is_file() else {}
 
     def __getitem__(self, name: str) -> Tensor:
         """Load a tensor, on the CPU if it comes from a file."""

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from weightlab.exceptions import UsageError
 from weightlab.inspect.checkpoint import Checkpoint
+from weightlab.inspect.fused_projections import FusedProjection, fused_projection
 
 Kind = Literal["matrix", "conv", "delta"]
 
 # Kernels are short in each direction; other tensors of three dimensions are stacks of matrices, as of experts.
 _LONGEST_KERNEL = 32
-_FUSED = re.compile(r"(^|[._])(qkv|c_attn|query_key_value|in_proj_weight|Wqkv|qkv_proj)([._]|$)")
 _FACTOR = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_(A|B|embedding_A|embedding_B)(?:\.weight)?")
 
 
@@ -54,10 +54,8 @@ def walk_layers(
     Args:
         checkpoint: Where to look.
         layers: Patterns of names, as `"*.attn.*"` (`fnmatch`); a layer that matches any is taken. Default: all.
-        split_qkv: Whether to read fused projections as three: weights named `qkv`, `c_attn`, `query_key_value`,
-            `Wqkv`, `qkv_proj` or `in_proj_weight` of which one side is three times the other. Parts are taken to be
-            stored one after the other, which is so in GPT-2 and `nn.MultiheadAttention`, but not in models that
-            interleave them by head.
+        split_qkv: Whether to read fused projections as three; see
+            [`fused_projection`][weightlab.inspect.fused_projection] for which are known.
 
     Raises:
         UsageError: If an adapter is no LoRA, or a factor has no partner; if no layer matches `layers`.
@@ -87,8 +85,9 @@ def _weights(checkpoint: Checkpoint, split_qkv: bool) -> Iterator[Layer]:
         if len(shape) < 2 or 0 in shape or (dtype is not None and not dtype.is_floating_point):
             continue
         if len(shape) == 2:
-            if split_qkv and _FUSED.search(name) and max(shape) == 3 * min(shape):
-                yield from _parts(checkpoint, name, shape, dtype)
+            fused = fused_projection(name, shape, checkpoint.config) if split_qkv else None
+            if fused is not None:
+                yield from _parts(checkpoint, name, shape, dtype, fused)
             else:
                 yield Layer(name, "matrix", shape, dtype, _whole(checkpoint, name))
         elif max(shape[2:]) <= _LONGEST_KERNEL:
@@ -107,16 +106,20 @@ def _row(checkpoint: Checkpoint, name: str, index: int) -> Callable[[], Tensor]:
 
 
 def _parts(
-    checkpoint: Checkpoint, name: str, shape: tuple[int, ...], dtype: torch.dtype | None
+    checkpoint: Checkpoint,
+    name: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype | None,
+    fused: FusedProjection,
 ) -> Iterator[Layer]:
-    side = shape.index(max(shape))
-    width = min(shape)
     for index, letter in enumerate("qkv"):
+        cut = list(shape)
+        cut[fused.side] = fused.groups * fused.sizes[index]
 
         def load(index: int = index) -> Tensor:
-            return checkpoint[name].narrow(side, index * width, width)
+            return fused.part(checkpoint[name], index)
 
-        yield Layer(f"{name}[{letter}]", "matrix", (width, width), dtype, load)
+        yield Layer(f"{name}[{letter}]", "matrix", tuple(cut), dtype, load)
 
 
 def _deltas(checkpoint: Checkpoint) -> Iterator[Layer]:
