@@ -4,8 +4,19 @@ Nothing here imports torch until a verb needs it, so that `--help` answers at on
 """
 
 # Verbs appear in `--help` in this order.
-from weightlab.cli import trials, papers, adapters, inspecting, merging  # isort: skip
+from weightlab.cli import trials, papers, adapters, inspecting, data_scores, merging  # isort: skip
 from weightlab.cli.common import app
 from weightlab.cli.entry import INTERRUPTED, main, run
 
-__all__ = ["INTERRUPTED", "adapters", "app", "inspecting", "main", "merging", "papers", "run", "trials"]
+__all__ = [
+    "INTERRUPTED",
+    "adapters",
+    "app",
+    "data_scores",
+    "inspecting",
+    "main",
+    "merging",
+    "papers",
+    "run",
+    "trials",
+]
