@@ -52,7 +52,8 @@ def compare_architectures(models: Sequence[StoredWeights]) -> list[str]:
 def finite_tensor(stored: StoredWeights, name: str) -> Tensor:
     """Read a tensor. Raises WeightlabError, naming it, if an entry is not finite."""
     tensor = stored.tensors[name]
-    _check_finite(tensor, stored.path, name)
+    if not _finite(tensor):
+        raise _not_finite(tensor, stored.path, name)
     return tensor
 
 
@@ -62,20 +63,26 @@ def floating_tensors(models: Sequence[StoredWeights], name: str) -> list[Tensor]
     Raises WeightlabError, naming the tensor, if an entry is not finite otherwise.
     """
     tensors = [model.tensors[name] for model in models]
-    if tensors[0].isinf().any() and all(torch.equal(tensors[0], other) for other in tensors[1:]):
-        return None
     for model, tensor in zip(models, tensors, strict=True):
-        _check_finite(tensor, model.path, name)
+        if not _finite(tensor):
+            if all(torch.equal(tensors[0], other) for other in tensors):
+                return None
+            raise _not_finite(tensor, model.path, name)
     return tensors
 
 
-def _check_finite(tensor: Tensor, path: str, name: str) -> None:
-    if tensor.is_floating_point() and not tensor.isfinite().all():
-        bad = int((~tensor.isfinite()).sum())
-        raise WeightlabError(
-            f"{name} of {path} has {bad} {'entry that is' if bad == 1 else 'entries that are'} not finite; nothing was "
-            "written"
-        )
+def _finite(tensor: Tensor) -> bool:
+    if not tensor.is_floating_point():
+        return True
+    # A sum is one pass, and finite only if all entries are.
+    total = tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
+    return bool(total.isfinite() or tensor.isfinite().all())
+
+
+def _not_finite(tensor: Tensor, path: str, name: str) -> WeightlabError:
+    bad = int((~tensor.isfinite()).sum())
+    entries = "entry that is" if bad == 1 else "entries that are"
+    return WeightlabError(f"{name} of {path} has {bad} {entries} not finite; nothing was written")
 
 
 def refuse_quantized(name: str, models: Sequence[StoredWeights]) -> None:

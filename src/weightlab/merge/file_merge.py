@@ -23,7 +23,9 @@ from weightlab.merge.file_matching import match_states
 from weightlab.merge.merge_settings import Settings, check_settings, free_place
 from weightlab.merge.permutation import evaluating
 from weightlab.merge.stored_weights import Stored, StoredWeights, replacing
-from weightlab.merge.weight_arithmetic import add_differences, average_tensors, slerp_tensors
+from weightlab.merge.weight_arithmetic import add_differences, average_tensors, slerp_tensors, wide
+
+_BLOCK = 1 << 19
 
 Tell = Callable[[str, int, int], None]
 
@@ -149,13 +151,8 @@ def _plan(
 
         return _Merge(mean, facts, aligned)
     all_models = [*([] if base is None else [base]), *models]
-    combine: dict[str, Callable[[list[Tensor]], Tensor]] = {
-        "average": lambda tensors: average_tensors(tensors, weights),
-        "slerp": lambda tensors: slerp_tensors(tensors, weights[1]),
-        "task-arithmetic": lambda tensors: add_differences(tensors, weights),
-    }
     infos = all_models[0].tensors.infos
-    squares: dict[str, list[float]] = {}
+    norms: dict[str, list[float]] = {}
 
     def value(name: str) -> Tensor | None:
         dtype = infos[name].dtype
@@ -165,13 +162,30 @@ def _plan(
         tensors = floating_tensors(all_models, name)
         if tensors is None:
             return None
-        squares[name] = [
-            float(torch.linalg.vector_norm(x.float()))
-            for x in (tensors[0], tensors[1].to(tensors[0]) - tensors[0])
-        ]
-        return combine[settings.method](tensors)
+        sums = [0.0, 0.0]
 
-    return _Merge(value, {"differences": squares})
+        def combine(parts: list[Tensor]) -> Tensor:
+            x, y = (wide(part) for part in parts[:2])
+            sums[0] += float(x.square().sum())
+            sums[1] += float((y - x).square().sum())
+            if settings.method == "average":
+                return average_tensors(parts, weights)
+            return add_differences(parts, weights) if settings.method == "task-arithmetic" else parts[0]
+
+        merged = _in_blocks(tensors, combine)
+        norms[name] = [math.sqrt(total) for total in sums]
+        return slerp_tensors(tensors, weights[1]) if settings.method == "slerp" else merged
+
+    return _Merge(value, {"differences": norms})
+
+
+def _in_blocks(tensors: Sequence[Tensor], combine: Callable[[list[Tensor]], Tensor]) -> Tensor:
+    """Apply an operation on entries to pieces that stay in cache."""
+    flat = [tensor.reshape(-1) for tensor in tensors]
+    merged = torch.empty_like(flat[0])
+    for start in range(0, len(merged), _BLOCK):
+        merged[start : start + _BLOCK] = combine([part[start : start + _BLOCK] for part in flat])
+    return merged.reshape(tensors[0].shape)
 
 
 def _run(

@@ -138,11 +138,11 @@ def slerp_tensors(pair: Sequence[Tensor], lam: float) -> Tensor:
     u, v = x / norms[0].clamp_min(tiny), y / norms[1].clamp_min(tiny)
     # Exact for small angles and for those near pi, where the cosine says nothing.
     angle = 2 * torch.atan2(torch.linalg.vector_norm(u - v), torch.linalg.vector_norm(u + v))
-    sine = angle.sin()
-    usable = (sine > _STRAIGHT) & (norms[0] > 0) & (norms[1] > 0)
-    length = torch.lerp(norms[0], norms[1], lam) / torch.where(usable, sine, 1.0)
-    arc = u * (((1 - lam) * angle).sin() * length) + v * ((lam * angle).sin() * length)
-    return _rounded(torch.where(usable, arc, torch.lerp(x, y, lam)), pair[0])
+    if not (angle.sin() > _STRAIGHT and norms[0] and norms[1]):
+        return _rounded(torch.lerp(x, y, lam), pair[0])
+    length = torch.lerp(norms[0], norms[1], lam) / angle.sin()
+    arc = u.mul_(((1 - lam) * angle).sin() * length).add_(v.mul_((lam * angle).sin() * length))
+    return _rounded(arc, pair[0])
 
 
 def add_differences(tensors: Sequence[Tensor], scales: Sequence[float] | float = 1.0) -> Tensor:
