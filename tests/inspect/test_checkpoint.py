@@ -75,6 +75,15 @@ def test_mapped_files_are_mapped_anew_and_read_the_same(tensors, tmp_path, monke
     assert checkpoint["a.weight"].data_ptr() != first.data_ptr()
 
 
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+def test_rows_of_a_stack_are_read_alone(tmp_path, suffix):
+    stack = torch.randn(4, 5, 6, generator=torch.Generator().manual_seed(0)).bfloat16()
+    (save_file if suffix == "safetensors" else torch.save)({"experts": stack}, tmp_path / f"m.{suffix}")
+    for checkpoint in (Checkpoint(tmp_path / f"m.{suffix}"), Checkpoint({"experts": stack})):
+        for index in range(4):
+            assert torch.equal(checkpoint.row("experts", index), stack[index])
+
+
 def test_ids_are_looked_for_in_the_data_folder(tensors, tmp_path, monkeypatch):
     (tmp_path / "owner" / "name").mkdir(parents=True)
     save_file(tensors, tmp_path / "owner" / "name" / "model.safetensors")

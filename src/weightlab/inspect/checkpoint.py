@@ -151,6 +151,17 @@ class Checkpoint(Mapping[str, Tensor]):
         except (OSError, SafetensorError) as error:
             raise UsageError(f"cannot read {stored} from {path}: {error}") from error
 
+    def row(self, name: str, index: int) -> Tensor:
+        """Load `self[name][index]`, and of a safetensors file no more than that."""
+        path, stored = self._places.get(name, (None, ""))
+        if path is None or path in self._mapped:
+            return self[name][index]
+        try:
+            with safe_open(path, framework="pt") as file:
+                return file.get_slice(stored)[index : index + 1][0]
+        except (OSError, SafetensorError) as error:
+            raise UsageError(f"cannot read {stored} from {path}: {error}") from error
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.infos)
 

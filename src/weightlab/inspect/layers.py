@@ -102,7 +102,7 @@ def _whole(checkpoint: Checkpoint, name: str) -> Callable[[], Tensor]:
 
 
 def _row(checkpoint: Checkpoint, name: str, index: int) -> Callable[[], Tensor]:
-    return lambda: checkpoint[name][index]
+    return lambda: checkpoint.row(name, index)
 
 
 def _parts(
