@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from weightlab.merge.permutation_spec import PermutationSpec
     from weightlab.merge.retrieval import RetrievalReport, retrieval_report
     from weightlab.merge.singular_vectors import SingularAlignment, singular_alignment
+    from weightlab.merge.straight_through import StraightThroughMatching, ste_matching
     from weightlab.merge.trained_maps import LossWeights
     from weightlab.merge.weight_arithmetic import average, slerp, task_arithmetic
     from weightlab.merge.weight_descent import WeightMatching, weight_matching
@@ -33,6 +34,7 @@ __getattr__, __dir__, __all__ = exports(
         "PermutationSpec": ".permutation_spec",
         "RetrievalReport": ".retrieval",
         "SingularAlignment": ".singular_vectors",
+        "StraightThroughMatching": ".straight_through",
         "WeightMatching": ".weight_descent",
         "activation_matching": ".activation_assignment",
         "apply_permutation": ".permutation",
@@ -50,6 +52,7 @@ __getattr__, __dir__, __all__ = exports(
         "singular_alignment": ".singular_vectors",
         "slerp": ".weight_arithmetic",
         "task_arithmetic": ".weight_arithmetic",
+        "ste_matching": ".straight_through",
         "weight_matching": ".weight_descent",
     },
 )

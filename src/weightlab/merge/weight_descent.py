@@ -106,13 +106,7 @@ def weight_matching(
             raise ValueError(f"{name} must be at least 1, got {number}")
     check_same_tensors(params_a, params_b)
     sizes = spec.group_sizes(params_a)
-    # Tied weights are one tensor under several names, and count once.
-    owners = {
-        (params_a[name].data_ptr(), params_b[name].data_ptr(), params_a[name].shape): name
-        for name in sorted(params_a, reverse=True)
-        if _compared(name, params_a[name])
-    }
-    compared = sorted(owners.values())
+    compared = compared_names(params_a, params_b)
     for name in compared:
         for which, params in (("params_a", params_a), ("params_b", params_b)):
             if not params[name].isfinite().all():
@@ -130,7 +124,9 @@ def weight_matching(
     def measured(descent: _Descent) -> WeightMatching:
         indices = dict(descent.indices)
         return WeightMatching(
-            indices, *_compare(params_a, params_b, spec, Permutation(indices), compared), descent.sweeps
+            indices,
+            *inner_product_and_distance(params_a, params_b, spec, Permutation(indices)),
+            descent.sweeps,
         )
 
     best: tuple[_Descent, WeightMatching] | None = None
@@ -144,7 +140,7 @@ def weight_matching(
             break
     assert best is not None
     descent, found = best
-    if init is None and found.objective <= _compare(params_a, params_b, spec, start, compared)[0]:
+    if init is None and found.objective <= inner_product_and_distance(params_a, params_b, spec, start)[0]:
         descent = _Descent(groups, start.indices)
     if descent.settling:
         descent.run(max_sweeps, generator)
@@ -162,6 +158,31 @@ def check_same_tensors(params_a: Mapping[str, Tensor], params_b: Mapping[str, Te
                 f"{name} has shape {tuple(params_a[name].shape)} in params_a and {tuple(params_b[name].shape)} in "
                 "params_b"
             )
+
+
+def compared_names(params_a: Mapping[str, Tensor], params_b: Mapping[str, Tensor]) -> list[str]:
+    """Names of the tensors that have a say in a matching, sorted: no integers, no running statistics, tied ones once."""
+    owners = {
+        (params_a[name].data_ptr(), params_b[name].data_ptr(), params_a[name].shape): name
+        for name in sorted(params_a, reverse=True)
+        if params_a[name].is_floating_point()
+        and name.rpartition(".")[2] not in ("running_mean", "running_var")
+    }
+    return sorted(owners.values())
+
+
+def inner_product_and_distance(
+    params_a: Mapping[str, Tensor], params_b: Mapping[str, Tensor], spec: PermutationSpec, perm: Permutation
+) -> tuple[float, float]:
+    """Inner product and Euclidean distance of A and the permuted B, over the tensors that have a say."""
+    moved = apply_permutation(spec, perm, params_b)
+    product = squares = 0.0
+    for name in compared_names(params_a, params_b):
+        a = params_a[name].double()
+        b = moved[name].to(a.device, torch.float64)
+        product += float((a * b).sum())
+        squares += float((a - b).square().sum())
+    return product, math.sqrt(squares)
 
 
 class _Group:
@@ -345,24 +366,3 @@ class _Descent:
 
 def _total(similarity: Tensor, index: Tensor) -> float:
     return float(similarity.gather(1, index.to(similarity.device)[:, None]).double().sum())
-
-
-def _compare(
-    params_a: Mapping[str, Tensor],
-    params_b: Mapping[str, Tensor],
-    spec: PermutationSpec,
-    perm: Permutation,
-    names: Iterable[str],
-) -> tuple[float, float]:
-    moved = apply_permutation(spec, perm, params_b)
-    objective = distance = 0.0
-    for name in names:
-        a = params_a[name].double()
-        b = moved[name].to(a.device, torch.float64)
-        objective += float((a * b).sum())
-        distance += float((a - b).square().sum())
-    return objective, math.sqrt(distance)
-
-
-def _compared(name: str, tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and name.rpartition(".")[2] not in ("running_mean", "running_var")
