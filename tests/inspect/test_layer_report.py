@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 import io
 import json
 import math
@@ -11,7 +12,16 @@ from safetensors.torch import save_file
 from torch import nn
 
 from weightlab.exceptions import UsageError
-from weightlab.inspect import FLAGS, esd, layer_report, randomized_control
+from weightlab.inspect import (
+    FLAGS,
+    Checkpoint,
+    esd,
+    layer_report,
+    layer_rows,
+    make_report,
+    randomized_control,
+    walk_layers,
+)
 
 
 def gaussian(*shape, seed=0):
@@ -216,6 +226,26 @@ def test_progress_and_spectra():
     assert told == [(0, 2, "a"), (1, 2, "b")]
     assert torch.equal(report.eigenvalues["a"], esd(weights["a"]))
     assert layer_report(weights).eigenvalues == {}
+
+
+def test_rows_are_read_as_they_are_asked_for_and_do_not_depend_on_those_before():
+    weights = {f"w{i}": heavy(40, 60, seed=i) for i in range(3)} | {"wide": heavy(200, 210)}
+    loaded = []
+    found = [
+        dataclasses.replace(layer, load=lambda layer=layer: (loaded.append(layer.name), layer.load())[1])
+        for layer in walk_layers(Checkpoint(weights))
+    ]
+    rows = layer_rows(found, randomize=True)
+    assert loaded == []
+    first, eigenvalues = next(rows)
+    assert loaded == ["w0"]
+    assert torch.equal(eigenvalues, esd(weights["w0"]))
+    rest = [row for row, _ in layer_rows(found[1:], randomize=True)]
+    report = layer_report(weights, randomize=True)
+    assert (first, *rest) == report.rows
+    assert make_report("dict", [first, *rest]) == report
+    with pytest.raises(ValueError, match="min_eigenvalues must be at least 2"):
+        next(layer_rows(found, min_eigenvalues=1))
 
 
 def test_randomized_control_is_added_on_demand():
