@@ -182,7 +182,7 @@ def test_ctrl_c_keeps_what_was_read(run, monkeypatch, compared):
     assert len(kept()) == 1
     code, _, err = run(*command)
     assert code == 2
-    assert "2 layers of an unfinished run are in weightlab-out/inspect-" in err
+    assert re.search(r"weightlab-out/inspect-\S+ holds an unfinished run, 2 done; --resume goes on", err)
     with monkeypatch.context() as patch:
         asked = interrupt_after(patch, name, 1)
         assert run(*command, "--resume")[0] == cli.INTERRUPTED
@@ -329,7 +329,8 @@ def make_bad_inputs():
         (["model.safetensors", "--min-eigenvalues", "1"], "--min-eigenvalues must be at least 2"),
         (["model.safetensors", "--dtype", "half"], "--dtype"),
         (["model.safetensors", "--device", "abacus"], "--device abacus is not to be had"),
-        (["model.safetensors", "--csv", "folder.csv"], "--csv folder.csv is a folder"),
+        (["model.safetensors", "--csv", "folder.csv"], "--csv folder.csv is a folder or a device"),
+        (["model.safetensors", "--csv", os.devnull, "--force"], "is a folder or a device"),
         (["model.safetensors", "--csv", "whole.pt/a.csv"], "whole.pt is no folder"),
         (["model.safetensors", "--csv", "model.safetensors", "--force"], "is the checkpoint itself"),
         (["model.safetensors", "--csv", "a", "--html", "./a"], "are the same file"),

@@ -143,8 +143,8 @@ def _outputs(settings: Settings, force: bool) -> dict[str, Path]:
     options = {"--html": settings.html, "--csv": settings.csv}
     outputs = {option: Path(text).expanduser() for option, text in options.items() if text is not None}
     for option, path in outputs.items():
-        if path.is_dir():
-            raise UsageError(f"{option} {path} is a folder; give a file")
+        if path.exists() and not path.is_file():
+            raise UsageError(f"{option} {path} is a folder or a device; give a file")
         if path.exists() and not force:
             raise UsageError(f"{path} exists; give another {option}, or --force to replace it")
         above = next(folder for folder in path.absolute().parents if folder.exists())

@@ -54,7 +54,7 @@ class KeptRows:
         kept = self._read()
         if kept and not (resume or force):
             raise UsageError(
-                f"{len(kept)} layers of an unfinished run are in {self.path}; --resume goes on from there, "
+                f"{self.path} holds an unfinished run, {len(kept)} done; --resume goes on from there, "
                 "--force starts over"
             )
         if kept and resume:
