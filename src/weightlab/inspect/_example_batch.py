@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class ExampleBatch:
@@ -51,11 +51,6 @@ class ExampleBatch:
         if isinstance(self.inputs, Mapping):
             return (), dict(self.inputs)
         return (tuple(self.inputs) if isinstance(self.inputs, tuple | list) else (self.inputs,)), {}
-
-    def outputs(self, model: nn.Module) -> Any:
-        """Run a model."""
-        args, kwargs = self.arguments
-        return model(*args, **kwargs)
 
     def like(self, replacements: Sequence[Tensor]) -> ExampleBatch:
         """The same with other tensors."""

@@ -73,13 +73,18 @@ class Run:
 
 
 def ghost_squares(
-    parameters: Mapping[str, nn.Parameter], full: Run, probes: Iterable[tuple[Run, Batch]], buffer: int
+    parameters: Mapping[str, nn.Parameter],
+    full: Run,
+    size: int,
+    probes: Iterable[tuple[Run, Batch]],
+    buffer: int,
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Squared norms of each example's gradients, where there is a closed form.
 
     Args:
         parameters: Which parameters, by name.
         full: The pass of all examples. Its graph is freed.
+        size: Number of examples.
         probes: Passes of few of the examples, to find out which dimensions hold examples. The next is looked at for
             parameters that the one before leaves.
         buffer: Entries that temporary tensors may have.
@@ -94,13 +99,13 @@ def ghost_squares(
         found, why = _plan({name: parameters[name] for name in left}, full, alone, batch)
         plans |= found
         reasons = {name: reason for name, reason in (reasons | why).items() if name not in plans}
-        zero = full.loss.new_zeros(batch.size, dtype=accumulation_dtype(full.loss.dtype))
         if _UNLIKE not in reasons.values():
             break
     nodes = {id(node): node for uses in plans.values() for plan in uses for node in plan.nodes}
     edges = [GradientEdge(node, 0) for node in nodes.values()]
     gradients = torch.autograd.grad(full.loss, edges, allow_unused=True) if edges else ()
     by_node = dict(zip(nodes, gradients, strict=True))
+    zero = full.loss.new_zeros(size, dtype=accumulation_dtype(full.loss.dtype))
     squares: dict[str, Tensor] = {}
     for name, uses in plans.items():
         try:
@@ -184,21 +189,21 @@ def _plan_use(operand: _Operand, users: Mapping[Any, Sequence[_Operand]], batch:
 
     def combined(gradients: Sequence[Tensor]) -> Factors:
         dense = [cast(Dense, meet(g)).gradient for meet, g in zip(meets, gradients, strict=True)]
-        return rule(torch.stack(dense).sum(0).unflatten(1, shape))
+        return rule(torch.stack(dense).sum(0).reshape(-1, *shape))
 
     return Plan([user.node for user in users.get(use.node, ())], operand.path, combined)
 
 
 def _operands(outputs: Sequence[Tensor], others: Sequence[Tensor], seen: set[Any]) -> Iterator[_Operand]:
     """Walk two graphs side by side, from node to node without the views between."""
+    alike = len(outputs) == len(others)
     stack = [
-        (_follow(tensor.grad_fn, 0)[0], _follow(other.grad_fn, 0)[0])
-        for tensor, other in zip(outputs, others, strict=True)
-        if tensor.grad_fn is not None
+        (_follow(tensor.grad_fn, 0)[0], _follow(others[index].grad_fn, 0)[0] if alike else None)
+        for index, tensor in enumerate(outputs)
     ]
     while stack:
         node, other = stack.pop()
-        if node in seen:
+        if node is None or node in seen:
             continue
         seen.add(node)
         children = node.next_functions
@@ -264,39 +269,36 @@ def _cut(split: Any) -> object:
     return split.name(), split._saved_dim, tuple(tuple(piece.shape) for piece in split._input_metadata)
 
 
-def _square_of_sum(factors: Iterable[tuple[Path, Factors]], buffer: int) -> Tensor:
-    dense: list[Tensor] = []
-    outer: list[Outer] = []
-    lookup: list[Lookup] = []
-    for path, factor in factors:
-        names = [node.name() for node, _ in path]
-        if isinstance(factor, Dense) and _ORDERED.issuperset(names):
-            dense.append(factor.gradient)
-            continue
-        turns = sum(name in _TURNS for name in names)
-        if not (_TURNS | _SAME).issuperset(names):
-            raise NoClosedForm("is used several times through different views")
-        if isinstance(factor, Lookup) and not turns:
-            lookup.append(factor)
-        elif isinstance(factor, Kernel) and not turns:
-            outer.append(factor.outer())
-        elif isinstance(factor, Outer):
-            outer.append(Outer(factor.right, factor.left) if turns % 2 else factor)
-        else:
-            raise NoClosedForm("is used several times in different ways")
-    sizes = {(side.left.shape[1], side.left.shape[-1], side.right.shape[-1]) for side in outer}
-    if len(sizes) > 1 or (dense and (outer or lookup)):
-        raise NoClosedForm("is used several times in different ways")
-    if dense:
+def _square_of_sum(uses: Sequence[tuple[Path, Factors]], buffer: int) -> Tensor:
+    """Squared norms of a sum of gradients of the same entries."""
+    views = {node.name() for path, _ in uses for node, _ in path}
+    factors = [factor for _, factor in uses]
+    dense = [factor.gradient for factor in factors if isinstance(factor, Dense)]
+    if len(dense) == len(factors) and views <= _ORDERED:
         return Dense(torch.stack(dense).sum(0)).square(buffer)
-    total = torch.zeros(())
+    kernels = [factor for factor in factors if isinstance(factor, Kernel)]
+    if len(kernels) == len(factors) and views <= _SAME:
+        pairs = tuple(pair for kernel in kernels for pair in kernel.pairs)
+        return Kernel(pairs, kernels[0].window, kernels[0].groups).square(buffer)
+    outer = [_turned(path, factor) for path, factor in uses if isinstance(factor, Outer)]
+    lookup = [factor for path, factor in uses if isinstance(factor, Lookup) and not path]
+    if len(outer) + len(lookup) < len(factors) or not views <= _TURNS | _SAME:
+        raise NoClosedForm("is used several times in different ways")
+    total = torch.zeros((), device=(outer[0].left if outer else lookup[0].rows).device)
+    left = right = total
     if outer:
         left, right = (torch.cat([getattr(side, name) for side in outer], 2) for name in ("left", "right"))
         total = outer_square(left, right, buffer)
     if lookup:
         indices = torch.cat([side.indices for side in lookup], 1)
         rows = torch.cat([side.rows for side in lookup], 1)
-        total = total.to(rows.device) + lookup_square(indices, rows)
+        total = total + lookup_square(indices, rows)
         if outer:
-            total = total + 2 * outer_lookup_product(left.squeeze(1), right.squeeze(1), indices, rows)
+            total = total + 2 * outer_lookup_product(left.squeeze(1), right.squeeze(1), indices, rows, buffer)
     return total
+
+
+def _turned(path: Path, factor: Outer) -> Outer:
+    """The same gradient as it is before the views."""
+    turns = sum(node.name() in _TURNS for node, _ in path)
+    return Outer(factor.right, factor.left) if turns % 2 else factor

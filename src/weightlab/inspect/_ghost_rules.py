@@ -15,7 +15,6 @@ from weightlab.inspect._ghost_norms import (
     dense_square,
     lookup_square,
     outer_square,
-    unfolded,
 )
 
 
@@ -48,20 +47,15 @@ class Outer:
 
 @dataclass(frozen=True)
 class Kernel:
-    """Gradients of a convolution's kernel from inputs `(B, k, C, *space)` and gradients `(B, k, O, *positions)`."""
+    """Gradients of a convolution's kernel, as `conv_square` takes them."""
 
-    x: Tensor
-    g: Tensor
+    pairs: tuple[tuple[Tensor, Tensor], ...]
     window: Window
     groups: int
 
     def square(self, buffer: int) -> Tensor:
         """Squared norms, `(B,)`."""
-        return conv_square(self.x, self.g, self.window, self.groups, buffer)
-
-    def outer(self) -> Outer:
-        """The same as a sum of products."""
-        return Outer(*unfolded(self.x, self.g, self.window, self.groups))
+        return conv_square(self.pairs, self.window, self.groups, buffer)
 
 
 @dataclass(frozen=True)
@@ -92,6 +86,7 @@ class Batch:
 
     def __init__(self, size: int, example: int, few: int = 1) -> None:
         self.size, self.example, self.few = size, example, few
+        self._outermost: dict[object, bool] = {}
 
     def axis(self, shape: torch.Size, alone: torch.Size) -> int | None:
         """The dimension that holds the examples, given a tensor's shape for all and for few; None if there is none."""
@@ -110,28 +105,27 @@ class Batch:
     def one(self, shape: torch.Size, alone: torch.Size) -> torch.Size:
         """Shape of a tensor for one example."""
         axis = None if self.size == self.few else self.axis(shape, alone)
-        return (
-            alone
-            if axis is None
-            else torch.Size((*alone[:axis], alone[axis] // self.few, *alone[axis + 1 :]))
-        )
+        if axis is None:
+            return alone
+        return torch.Size((*alone[:axis], alone[axis] // self.few, *alone[axis + 1 :]))
 
     def outermost(self, full: Tensor, alone: Tensor) -> bool:
         """Whether a dimension that holds examples and positions runs through all positions of an example first."""
         axis = None if self.size == self.few else self.axis(full.shape, alone.shape)
         if axis is None or alone.shape[axis] == self.few:
             return True
-        k = alone.shape[axis] // self.few
+        key = (full.data_ptr(), full.shape)
+        if key not in self._outermost:
+            k = alone.shape[axis] // self.few
 
-        def apart(examples: int, counts: tuple[int, int], counts_alone: tuple[int, int]) -> Tensor:
-            one = full.unflatten(axis, counts).select(axis + examples, self.example)
-            return (
-                (one - alone.unflatten(axis, counts_alone).select(axis + examples, 0))
-                .abs()
-                .sum(dtype=torch.float32)
-            )
+            def apart(examples: int, counts: tuple[int, int], counts_alone: tuple[int, int]) -> Tensor:
+                one = full.unflatten(axis, counts).select(axis + examples, self.example)
+                same = alone.unflatten(axis, counts_alone).select(axis + examples, 0)
+                return (one - same).abs().sum(dtype=torch.float32)
 
-        return not bool(apart(1, (k, self.size), (k, self.few)) < apart(0, (self.size, k), (self.few, k)))
+            inner = apart(1, (k, self.size), (k, self.few)) < apart(0, (self.size, k), (self.few, k))
+            self._outermost[key] = not bool(inner)
+        return self._outermost[key]
 
     def split(self, x: Tensor, alone: torch.Size, outermost: bool = True) -> Tensor:
         """Bring the examples to the front: shape `(B, ...)`, the rest as for one example."""
@@ -203,7 +197,7 @@ class Use:
             if n == 1 and gradient.shape[1 + extra + axis] != 1
         ]
         if dims:
-            gradient = gradient.sum(dims)
+            gradient = gradient.sum(dims, keepdim=True)
         return Dense(gradient.flatten(1))
 
 
@@ -303,15 +297,21 @@ def _convolution(use: Use) -> Rule:
         raise NoClosedForm("is the input of a convolution")
     x, alone = node._saved_input, use.alone._saved_input
     outermost = batch.outermost(x, alone)
-    window = Window(
-        tuple(use.shape[2:]),
-        *(tuple(getattr(node, f"_saved_{name}")) for name in ("stride", "padding", "dilation")),
-    )
+    kernel = tuple(use.shape[2:])
+
+    def geometry(name: str) -> tuple[int, ...]:
+        numbers = tuple(getattr(node, f"_saved_{name}"))
+        return numbers * len(kernel) if len(numbers) == 1 else numbers  # one stands for all dimensions
+
+    stride, out = geometry("stride"), geometry("output_padding")
+    window = Window(kernel, stride, geometry("padding"), geometry("dilation"))
     transposed, groups = node._saved_transposed, int(node._saved_groups)
+    if transposed and any(n >= step for n, step in zip(out, stride, strict=True)):
+        raise NoClosedForm("is the kernel of a convolution whose output_padding is no less than its stride")
 
     def rule(g: Tensor) -> Factors:
-        sides = [batch.split(x, alone.shape, outermost), use.split(g, outermost)]
-        return Kernel(*(reversed(sides) if transposed else sides), window, groups)
+        inputs, gradients = batch.split(x, alone.shape, outermost), use.split(g, outermost)
+        return Kernel(((gradients, inputs) if transposed else (inputs, gradients),), window, groups)
 
     return rule
 

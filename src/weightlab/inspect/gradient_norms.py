@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -14,14 +15,14 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
-from weightlab.inspect._example_batch import ExampleBatch, change_tensors, tensors
+from weightlab.inspect._example_batch import ExampleBatch
+from weightlab.inspect._example_losses import LossFunction, ModelWithLoss
 from weightlab.inspect._ghost_graph import Run, ghost_squares
 from weightlab.inspect._ghost_norms import accumulation_dtype
 from weightlab.inspect._ghost_rules import Batch
 
 Method = Literal["auto", "ghost", "vmap", "loop"]
 ParameterChoice = Literal["all", "last"] | Iterable[str] | Callable[[str, nn.Parameter], bool]
-LossFunction = Callable[[Any, Any], Tensor]
 
 # Entries that temporary tensors of the closed forms may have: few enough to stay in a processor's cache.
 _BUFFER = 2**20
@@ -76,7 +77,8 @@ def grad_norms(
 
     Raises:
         TypeError: If `model` is no module, `inputs` holds no tensor or the outputs do not suit `loss_fn`.
-        ValueError: If a batch norm or dropout is in training mode (the module is named); tensors are empty or of
+        ValueError: If a batch norm or dropout is in training mode (the module is named), or the model draws at random
+            in another way that shows; tensors are empty or of
             different lengths; no parameter is chosen; `loss_fn` gives another shape; or `method="ghost"` and a parameter
             has no closed form (it is named, with the reason).
 
@@ -148,16 +150,19 @@ def _measure(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if method not in ("auto", "ghost", "vmap", "loop"):
         raise ValueError(f'method must be "auto", "ghost", "vmap" or "loop", got {method!r}')
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+    model = getattr(model, "_orig_mod", model)  # of a compiled model, whose graph hides what happens inside
     _check_modes(model)
     chosen = _choose(model, params)
     devices = {p.device for p in chosen.values() if p.device.type == "cuda"}
     with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices):
-        batch = ExampleBatch(inputs, targets)
+        batch, task = ExampleBatch(inputs, targets), ModelWithLoss(model, loss_fn)
         squares: list[Tensor] = []
-        methods: dict[str, str] = dict.fromkeys(chosen, method)
-        rest = list(chosen)
+        methods: dict[str, str] = {}
+        rest, sample = chosen, None
         if method in ("auto", "ghost"):
-            closed, reasons = _ghost(model, batch, loss_fn, chosen)
+            closed, reasons, sample = _ghost(task, batch, chosen)
             if method == "ghost" and reasons:
                 name, reason = next(iter(reasons.items()))
                 raise ValueError(
@@ -165,36 +170,41 @@ def _measure(
                 )
             squares += closed.values()
             methods |= dict.fromkeys(closed, "ghost")
-            rest = [name for name in chosen if name not in closed]
-        if rest and method != "loop":
-            try:
-                squares.append(_vmap(model, batch, loss_fn, {n: chosen[n] for n in rest}, chunk_size))
-                methods |= dict.fromkeys(rest, "vmap")
-                rest = []
-            except (
-                Exception
-            ) as error:  # whatever a model does that cannot be vectorised; the loop meets true errors
-                if method == "vmap":
-                    raise
-                if "randomness" in str(error):
-                    raise ValueError(
-                        "the model draws at random, so that an example has no gradient of its own; call model.eval() first"
-                    ) from error
+            rest = {name: p for name, p in chosen.items() if name not in closed}
         if rest:
-            squares.append(_loop(model, batch, loss_fn, [chosen[n] for n in rest]))
-            methods |= dict.fromkeys(rest, "loop")
-        return torch.stack(squares).sum(0), methods
+            if method == "vmap":
+                found = _vmap(task, batch, rest, chunk_size)
+            else:
+                found = _vmap_if_right(task, batch, rest, chunk_size, sample) if sample else None
+            methods |= dict.fromkeys(rest, "loop" if found is None else "vmap")
+            squares.append(_loop(task, batch, rest) if found is None else found)
+        return torch.stack(squares).sum(0), {name: methods[name] for name in chosen}
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """One example of a batch with the true norms of its gradients."""
+
+    example: int
+    norms: Mapping[str, Tensor]
+    tolerance: float
+
+    def agrees(self, squares: Tensor, norms: Sequence[Tensor]) -> list[bool]:
+        """Whether squared norms `(n,)` are those of the example, up to rounding."""
+        found, true = squares.sqrt(), torch.stack(list(norms))
+        slack = 0.1 * self.tolerance * torch.stack(list(self.norms.values())).norm()
+        near = (found - true).abs() <= self.tolerance * true + slack
+        return (near | (found == true) | (found.isnan() & true.isnan())).tolist()
 
 
 def _ghost(
-    model: nn.Module, batch: ExampleBatch, loss_fn: LossFunction, chosen: Mapping[str, nn.Parameter]
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Squared norms of the parameters with a closed form, and why the others have none."""
+    task: ModelWithLoss, batch: ExampleBatch, chosen: Mapping[str, nn.Parameter]
+) -> tuple[dict[str, Tensor], dict[str, str], _Sample]:
+    """Squared norms of the parameters with a closed form, why the others have none, and the example for checks."""
 
     def run(some: ExampleBatch) -> tuple[Run, Tensor]:
-        outputs = some.outputs(model)
-        losses = _losses(loss_fn, outputs, some)
-        return Run(list(tensors(outputs)), losses.sum()), losses.detach()
+        outputs, losses = task(some)
+        return Run(outputs, losses.sum()), losses.detach()
 
     full, losses = run(batch)
     if not full.loss.requires_grad:
@@ -202,7 +212,10 @@ def _ghost(
     # Of all examples, the one with the largest loss has a gradient that stands out from rounding.
     example = int(losses.argmax())
     alone = full if batch.size == 1 else run(batch[[example]])[0]
-    truth = torch.autograd.grad(alone.loss, list(chosen.values()), retain_graph=True, allow_unused=True)
+    gradients = torch.autograd.grad(alone.loss, list(chosen.values()), retain_graph=True, allow_unused=True)
+    norms = {name: _norm(g, losses) for name, g in zip(chosen, gradients, strict=True)}
+    del gradients
+    sample = _Sample(example, norms, _tolerance(chosen.values()))
 
     def probes() -> Iterator[tuple[Run, Batch]]:
         yield alone, Batch(batch.size, example)
@@ -210,24 +223,21 @@ def _ghost(
             # What PyTorch does depends on the layout in memory, which is special where a dimension is 1.
             yield run(batch[[example, (example + 1) % batch.size]])[0], Batch(batch.size, example, 2)
 
-    squares, reasons = ghost_squares(chosen, full, probes(), _BUFFER)
-    if squares and batch.size > 1:
-        dtype = accumulation_dtype(losses.dtype)
-        zero = losses.new_zeros((), dtype=dtype)
-        exact = {
-            name: zero if g is None else torch.linalg.vector_norm(g, dtype=dtype)
-            for name, g in zip(chosen, truth, strict=True)
-        }
-        want = torch.stack([exact[name] for name in squares])
-        got = torch.stack([square[example] for square in squares.values()]).sqrt()
-        near = torch.isclose(got, want, rtol=_tolerance(chosen.values()), atol=0, equal_nan=True)
-        near |= (got - want).abs() <= 0.1 * _tolerance(chosen.values()) * torch.stack(
-            list(exact.values())
-        ).norm()
-        for name in [name for name, same in zip(squares, near.tolist(), strict=True) if not same]:
+    squares, reasons = ghost_squares(chosen, full, batch.size, probes(), _BUFFER)
+    if squares:
+        of_example = torch.stack([square[example] for square in squares.values()])
+        good = sample.agrees(of_example, [norms[name] for name in squares])
+        for name in [name for name, same in zip(squares, good, strict=True) if not same]:
             del squares[name]
             reasons[name] = "has another gradient when the example is alone"
-    return squares, reasons
+    return squares, reasons, sample
+
+
+def _norm(gradient: Tensor | None, like: Tensor) -> Tensor:
+    dtype = accumulation_dtype(like.dtype)
+    if gradient is None:
+        return like.new_zeros((), dtype=dtype)
+    return torch.linalg.vector_norm(gradient, dtype=accumulation_dtype(gradient.dtype)).to(dtype)
 
 
 def _tolerance(parameters: Iterable[Tensor]) -> float:
@@ -239,20 +249,14 @@ def _tolerance(parameters: Iterable[Tensor]) -> float:
 
 
 def _vmap(
-    model: nn.Module,
-    batch: ExampleBatch,
-    loss_fn: LossFunction,
-    chosen: Mapping[str, nn.Parameter],
-    chunk_size: int | None,
+    task: ModelWithLoss, batch: ExampleBatch, chosen: Mapping[str, nn.Parameter], chunk_size: int | None
 ) -> Tensor:
     """Squared norms from each example's gradients, some examples at a time."""
-    parameters = {name: p.detach() for name, p in chosen.items()}
+    parameters = {f"model.{name}": p.detach() for name, p in chosen.items()}
 
     def loss(parameters: dict[str, Tensor], *one: Tensor) -> Tensor:
-        alone = batch.like([x[None] for x in one])
-        args, kwargs = alone.arguments
-        outputs = functional_call(model, parameters, args, kwargs)
-        return _losses(loss_fn, outputs, alone).sum()
+        _, losses = functional_call(task, parameters, (batch.like([x[None] for x in one]),))
+        return losses.sum()
 
     def square(*one: Tensor) -> Tensor:
         gradients = grad(loss)(parameters, *one).values()
@@ -265,58 +269,34 @@ def _vmap(
         return vmap(square, chunk_size=chunk_size)(*batch.tensors)
 
 
-def _loop(
-    model: nn.Module, batch: ExampleBatch, loss_fn: LossFunction, parameters: Sequence[nn.Parameter]
-) -> Tensor:
+def _vmap_if_right(
+    task: ModelWithLoss,
+    batch: ExampleBatch,
+    chosen: Mapping[str, nn.Parameter],
+    chunk_size: int | None,
+    sample: _Sample,
+) -> Tensor | None:
+    """As `_vmap`; None if the model cannot be vectorised or an example has another gradient then."""
+    try:
+        squares = _vmap(task, batch, chosen, chunk_size)
+    except Exception as error:  # whatever a model does that cannot be vectorised; the loop meets true errors
+        if "randomness" in str(error):
+            raise ValueError(
+                "the model draws at random, so that an example has no gradient of its own; call model.eval() first"
+            ) from error
+        return None
+    true = torch.stack([sample.norms[name] for name in chosen]).norm()
+    return squares if all(sample.agrees(squares[[sample.example]], [true])) else None
+
+
+def _loop(task: ModelWithLoss, batch: ExampleBatch, chosen: Mapping[str, nn.Parameter]) -> Tensor:
     """Squared norms from each example's gradients, one after the other."""
     squares = []
     for i in range(batch.size):
-        one = batch[[i]]
-        loss = _losses(loss_fn, one.outputs(model), one).sum()
-        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-        dtype = accumulation_dtype(loss.dtype)
-        norms = [torch.linalg.vector_norm(g, dtype=dtype) for g in gradients if g is not None]
-        squares.append(torch.stack([loss.new_zeros((), dtype=dtype), *norms]).square().sum())
+        _, losses = task(batch[[i]])
+        gradients = torch.autograd.grad(losses.sum(), list(chosen.values()), allow_unused=True)
+        squares.append(torch.stack([_norm(g, losses) for g in gradients]).square().sum())
     return torch.stack(squares)
-
-
-def _losses(loss_fn: LossFunction, outputs: Any, batch: ExampleBatch) -> Tensor:
-    """The loss of each example, `(B,)`."""
-    if loss_fn is functional.cross_entropy:
-        if not isinstance(outputs, Tensor):
-            raise TypeError(
-                f"cross_entropy cannot take the model's outputs, a {type(outputs).__name__}; pass a loss_fn that does"
-            )
-        if outputs.ndim == 2:
-            return functional.cross_entropy(outputs, batch.targets, reduction="none")
-    losses = loss_fn(outputs, batch.targets)
-    if not isinstance(losses, Tensor):
-        raise TypeError(f"loss_fn must return a tensor, got {type(losses).__name__}")
-    if losses.shape == (batch.size,):
-        return losses
-    if losses.ndim:
-        raise ValueError(
-            f"loss_fn must return the loss of each example, shape ({batch.size},), or one number; got shape "
-            f"{tuple(losses.shape)}"
-        )
-    if batch.size == 1:
-        return losses[None]
-    return _losses_alone(loss_fn, outputs, batch)
-
-
-def _losses_alone(loss_fn: LossFunction, outputs: Any, batch: ExampleBatch) -> Tensor:
-    """Ask a loss that gives one number for each example by itself."""
-    pieces = [*tensors(outputs), *tensors(batch.targets)]
-
-    def loss(*one: Tensor) -> Tensor:
-        rest = iter(one)
-        parts = (change_tensors(tree, lambda _: next(rest)) for tree in (outputs, batch.targets))
-        return loss_fn(*parts)
-
-    try:
-        return vmap(lambda *one: loss(*(x[None] for x in one)))(*pieces)
-    except RuntimeError:  # the loss cannot be vectorised
-        return torch.stack([loss(*(x[i : i + 1] for x in pieces)) for i in range(batch.size)])
 
 
 def _check_modes(model: nn.Module) -> None:
@@ -351,7 +331,7 @@ def _choose(model: nn.Module, params: ParameterChoice) -> dict[str, nn.Parameter
         wanted = {id(p) for p in last.parameters(recurse=False)}
     elif isinstance(params, str):
         raise ValueError(f'params must be "all", "last", names or a function, got {params!r}')
-    elif callable(params):
+    elif not isinstance(params, Iterable):
         wanted = {id(p) for name, p in trained.items() if params(name, p)}
         if not wanted:
             raise ValueError("params chose no parameter that requires a gradient")
