@@ -55,8 +55,8 @@ def midpoint_loss(a: nn.Module, b: nn.Module, perm: Permutation) -> float:
 def plain_search(
     a: nn.Sequential, b: nn.Sequential, steps: int, lr: float, momentum: float
 ) -> list[Permutation]:
-    """The note's algorithm with a network in the midpoint and PyTorch's SGD on the free one; one batch."""
-    free, middle = copy.deepcopy(a), copy.deepcopy(a)
+    """The algorithm with a network at the midpoint and PyTorch's SGD on the free one; one batch."""
+    free, middle = copy.deepcopy(b), copy.deepcopy(a)
     optimizer = torch.optim.SGD(free.parameters(), lr=lr, momentum=momentum)
     x, y = batches(1)[0]
     perm = Permutation.identity(SPEC.group_sizes(a.state_dict()))

@@ -47,7 +47,7 @@ def ste_matching(
 ) -> StraightThroughMatching:
     r"""Learn the permutation of B's units with which the average of A and B has the lowest loss.
 
-    Free weights :math:`\hat\theta` begin at A's. In every step they are matched with B's, from where the last step
+    In every step free weights :math:`\hat\theta`, which begin at A's, are matched with B's, from where the last step
     left, and the gradient of the loss at the midpoint :math:`(\theta_a + \pi(\theta_b))/2` moves them as if they
     themselves stood there in place of :math:`\pi(\theta_b)` (straight through). Of the permutations after each pass
     over the data, and the one at the start, the one of the lowest loss is returned.
@@ -64,7 +64,8 @@ def ste_matching(
         steps: Steps of gradient descent, one a batch. Default 250.
         lr: Learning rate. Default 1e-2, the paper's.
         momentum: Momentum of the gradient. Default 0.9, the paper's.
-        init: Where to start. Default None: at the result of `weight_matching`.
+        init: Where to start: the free weights then begin at B's, so permuted. Default None: at A's, as in the official
+            code of Git Re-Basin, and so at the result of `weight_matching`.
         generator: For the orders of visits, on the CPU. Default None: PyTorch's.
 
     Returns:
@@ -97,10 +98,11 @@ def ste_matching(
         raise ValueError(f"lr must be positive, got {lr}")
     if not 0 <= momentum < 1:
         raise ValueError(f"momentum must lie in [0, 1), got {momentum}")
-    a = {name: tensor.detach() for name, tensor in model_a.state_dict().items()}
-    b = {name: tensor.detach() for name, tensor in model_b.state_dict().items()}
+    a: dict[str, Tensor] = model_a.state_dict()
+    b: dict[str, Tensor] = model_b.state_dict()
     check_same_tensors(a, b)
-    free = {name: parameter.detach().clone() for name, parameter in model_a.named_parameters()}
+    origin = a if init is None else apply_permutation(spec, init, b)
+    free = {name: origin[name].to(a[name], copy=True) for name, _ in model_a.named_parameters()}
     # Tied weights, one parameter under several names, stay one.
     by_place = {a[name].data_ptr(): tensor for name, tensor in free.items()}
     mind = {name: by_place.get(tensor.data_ptr(), tensor) for name, tensor in a.items()}
