@@ -77,11 +77,10 @@ def page(
         score=title,
         meaning=SCORES[name],
         likely=f"{LIKELY:g}",
-        suspicious=f"{likely:,}",
         suspects=cells.of(suspects),
         hardest=cells.of(order[:show]),
         easiest=cells.of(order.flip(0)[: min(show, 16)]),
-        cell=6 if cells.pictures.drawn else 9,
+        cell=6.6 if cells.pictures.drawn else 9,
         rendering="pixelated" if max(cells.pictures.shape) < 64 else "auto",
         histogram=markup(_histogram(result, title)),
         agreement=_agreement(result),
@@ -122,7 +121,7 @@ class _Cells:
                 "suspect": self._suspicion[index] >= LIKELY,
                 "image": self.pictures.url(index) if self.pictures.drawn else "",
                 "height": round(96 * height / max(width, 1)),
-                "values": "" if self.pictures.drawn else self._values(index),
+                "content": "" if self.pictures.drawn else self._values(index),
             }
             for index in indices.tolist()
         ]
@@ -155,13 +154,11 @@ def _histogram(result: DataScores, title: str) -> str:
     right = result.predicted == result.targets
     with drawing.canvas(9.0, 2.9) as figure:
         axes = drawing.style_axes(figure.subplots(), grid="y")
-        axes.hist(
-            [scores[right].numpy(), scores[~right].numpy()],
-            bins=edges.numpy(),
-            stacked=True,
-            color=[drawing.SERIES[1], drawing.SERIES[2]],
-        )
-        axes.set(xlabel=title, ylabel="examples")
+        for place, part in ((1, scores[right]), (2, scores[~right])):
+            axes.hist(part.numpy(), bins=edges.numpy(), color=drawing.SERIES[place], alpha=0.75)
+        axes.set_yscale("symlog", linthresh=1)
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.set(xlabel=title, ylabel="examples", ylim=(0, None))
         return drawing.svg(figure, "histogram", f"histogram of {title}")
 
 

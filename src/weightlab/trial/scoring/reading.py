@@ -85,7 +85,9 @@ def _labelled(arrays: Mapping[str, Tensor], x: str, y: str, path: Path) -> Label
     return Labelled(inputs, _checked(labels.long(), f"{path}: {y}"))
 
 
-def read_parquet(files: Sequence[Path], image: str, label: str, size: int | None) -> Labelled:
+def read_parquet(
+    files: Sequence[Path], image: str, label: str, size: int | None, limit: int | None = None
+) -> Labelled:
     """Read encoded images and labels in the Hub's layout.
 
     Args:
@@ -93,6 +95,7 @@ def read_parquet(files: Sequence[Path], image: str, label: str, size: int | None
         image: Column of images, `{bytes, path}` or bytes.
         label: Column of labels, numbers or texts.
         size: Side to which images are scaled.
+        limit: Read the first so many only.
 
     Raises:
         UsageError: If a file or an image cannot be read, or a column is missing.
@@ -110,7 +113,8 @@ def read_parquet(files: Sequence[Path], image: str, label: str, size: int | None
                     raise UsageError(
                         f"{path} has no column {column!r}; it has: {', '.join(schema.names)} (--image, --label)"
                     )
-            table = parquet.read_table(path, columns=[image, label])
+            table = parquet.read_table(path, columns=list(dict.fromkeys((image, label))))
+            table = table.slice(0, None if limit is None else limit - len(arrays))
         except (OSError, ValueError) as error:
             raise UsageError(f"cannot read {path}: {summary(error)}") from None
         classes = classes or _names_in(schema.metadata, label)

@@ -30,6 +30,7 @@ REPORT, PAGE, TABLE = "data-scores.json", "data-scores.html", "scores.csv"
 RUNS, SETTINGS = "runs", "settings.json"
 LISTED = 20
 BATCH = 128
+WEAK = 0.3
 UNTRAINED = (
     "These are scores of untrained networks. They follow the norm of the input and are no evidence of which examples "
     "matter (arXiv 2303.14753); score after an epoch or more."
@@ -101,7 +102,14 @@ class Settings:
         for name in self.scores:
             if name not in get_args(Score):
                 raise UsageError(f"unknown score {name!r}; there are {', '.join(get_args(Score))}")
-        for name, least in (("runs", 1), ("epochs", 0), ("batch_size", 1), ("seed", 0), ("show", 1)):
+        for name, least in (
+            ("limit", 1),
+            ("runs", 1),
+            ("epochs", 0),
+            ("batch_size", 1),
+            ("seed", 0),
+            ("show", 1),
+        ):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UsageError(f"--{name.replace('_', '-')} must be at least {least}; got {value}")
@@ -184,16 +192,16 @@ def score_data(
             f"Stopped. {min(runs, settings.runs)} of {settings.runs} runs are kept in {settings.out}; "
             "the same command with --resume goes on."
         ) from None
-    report = _report(settings, source, found, retrained, batch_size, device, command)
-    facts = _facts(settings, source, batch_size)
+    notes = _notes(settings, found[settings.scores[0]])
+    report = _report(settings, source, found, retrained, batch_size, device, command) | {"notes": notes}
     html = page(
         source,
         found,
-        facts=facts,
+        facts=_facts(settings, source, batch_size),
         show=settings.show,
         retrained=retrained,
         recipe=settings.recipe(batch_size) if retrained else None,
-        notes=[] if settings.epochs else [UNTRAINED],
+        notes=notes,
         command=command,
         versions=_versions(device),
     )
@@ -207,7 +215,7 @@ def score_data(
 
 def _source(settings: Settings) -> Source:
     if settings.task is not None:
-        source = task_source(settings.task)
+        source = task_source(settings.task, tested=bool(settings.retrain))
     else:
         assert settings.data is not None
         source = data_source(
@@ -216,8 +224,9 @@ def _source(settings: Settings) -> Source:
             image=settings.image,
             label=settings.label,
             split=settings.split,
-            test_split=settings.test_split,
+            test_split=settings.test_split if settings.retrain else None,
             size=settings.size,
+            limit=settings.limit,
         )
     if settings.retrain and source.test is None:
         raise UsageError(
@@ -280,7 +289,8 @@ def _scored(
     settings: Settings, source: Source, batch_size: int, device: torch.device, runs: Path, display: Display
 ) -> dict[str, DataScores]:
     display.phase(
-        f"scoring {len(source.labels):,} examples by {settings.runs} runs of {settings.epochs} epochs on {device}"
+        f"scoring {len(source.labels):,} examples "
+        f"by {_counted(settings.runs, 'run')} of {_counted(settings.epochs, 'epoch')} on {device}"
     )
     with warnings.catch_warnings():
         # Page and summary say it.
@@ -333,12 +343,28 @@ def _retrained(
     )
 
 
+def _counted(count: int, thing: str) -> str:
+    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
+
+
+def _notes(settings: Settings, result: DataScores) -> list[str]:
+    if settings.epochs == 0:
+        return [UNTRAINED]
+    share = float((result.predicted != result.targets).double().mean())
+    if share <= WEAK:
+        return []
+    return [
+        f"The models predict another class for {100 * share:.0f} % of the examples: they have learned too little to judge "
+        "labels by. Give them more epochs, another learning rate, or another model."
+    ]
+
+
 def _facts(settings: Settings, source: Source, batch_size: int) -> list[str]:
     classes = len(source.classes) or int(source.labels.max()) + 1
     return [
         f"{len(source.labels):,} examples of {classes} classes",
         f"scored by {', '.join(TITLES[name] for name in settings.scores)}",
-        f"{settings.runs} runs of {settings.epochs} epochs",
+        f"{_counted(settings.runs, 'run')} of {_counted(settings.epochs, 'epoch')}",
         f"model: {source.model}",
         f"batch {batch_size}, learning rate {settings.lr:g}, seed {settings.seed}",
     ]
@@ -407,8 +433,7 @@ def summary(outcome: Outcome) -> str:
         f"another class is predicted for {report['predicted_otherwise']:,}; "
         f"{report['suspicious']:,} look mislabelled (suspicion of {LIKELY:g} or more)",
     ]
-    if report["settings"]["epochs"] == 0:
-        lines.append(f"! {UNTRAINED}")
+    lines += [f"! {note}" for note in report["notes"]]
     for row in outcome.retrained:
         line = f"trained on {row.choice.name}: test error {100 * row.error:.2f} %"
         if row.to_all is not None:

@@ -86,11 +86,12 @@ class Source:
         return self.classes[label] if label < len(self.classes) else str(label)
 
 
-def task_source(ref: str) -> Source:
-    """Return a task's training split, with its test split.
+def task_source(ref: str, *, tested: bool = True) -> Source:
+    """Return a task's training split.
 
     Args:
         ref: A name, or `path.py:object`.
+        tested: Whether to read its test split as well.
 
     Raises:
         UsageError: If there is no such task, or it is not a `Classification`.
@@ -112,7 +113,7 @@ def task_source(ref: str) -> Source:
         name=task.name,
         inputs=inputs,
         labels=labels,
-        test=task.images("test"),
+        test=task.images("test") if tested else None,
         build=build,
         model="the task's",
         identity=digest(ref, source_fingerprint(ref) if is_file_ref(ref) else "", task.fingerprint()),
@@ -128,8 +129,9 @@ def data_source(
     image: str = "image",
     label: str = "label",
     split: str = "train",
-    test_split: str = "test",
+    test_split: str | None = "test",
     size: int | None = None,
+    limit: int | None = None,
 ) -> Source:
     """Read labelled examples from files.
 
@@ -144,8 +146,9 @@ def data_source(
         image: Column of images in Parquet.
         label: Column of labels there.
         split: Split to score.
-        test_split: Split to test on, if it is there.
+        test_split: Split to test on, if it is there; `None` for none.
         size: Side to which images are scaled.
+        limit: Read no more than the first so many examples from Parquet.
 
     Raises:
         UsageError: If the data are not of these kinds, or cannot be read, or there is no such model.
@@ -155,7 +158,7 @@ def data_source(
     if size is not None and size < 1:
         raise UsageError(f"--size must be at least 1; got {size}")
     path = Path(data).expanduser()
-    train, test = _read(data, path, image, label, split, test_split, size)
+    train, test = _read(data, path, image, label, split, test_split, size, limit)
     if test is not None and (
         test.inputs.shape[1:] != train.inputs.shape[1:] or test.classes != train.classes
     ):
@@ -189,35 +192,42 @@ def _listed(data: Labelled) -> str:
 
 
 def _read(
-    data: str, path: Path, image: str, label: str, split: str, test_split: str, size: int | None
+    data: str,
+    path: Path,
+    image: str,
+    label: str,
+    split: str,
+    test_split: str | None,
+    size: int | None,
+    limit: int | None,
 ) -> tuple[Labelled, Labelled | None]:
     if path.is_file():
         if path.suffix in (".npz", ".safetensors"):
-            return read_arrays(path)
+            train, test = read_arrays(path)
+            return train, test if test_split else None
         if path.suffix == ".parquet":
-            return read_parquet([path], image, label, size), None
+            return read_parquet([path], image, label, size, limit), None
         raise UsageError(f"{data} is neither .npz, .safetensors nor .parquet")
     if path.is_dir():
-        files, test_files = _parquet_in(path, split), _parquet_in(path, test_split)
+        files = _parquet_in(path, split)
         if files:
-            test = (
-                read_parquet(test_files, image, label, size) if test_files and test_files != files else None
-            )
-            return read_parquet(files, image, label, size), test
+            test_files = _parquet_in(path, test_split) if test_split else []
+            train = read_parquet(files, image, label, size, limit)
+            return train, read_parquet(test_files, image, label, size) if test_files else None
         if any(path.rglob("*.parquet")):
             raise UsageError(
                 f"{data} has no Parquet files of a split {split!r} ({split}-*.parquet); --split names another"
             )
-        test = (
-            read_folders(path / test_split, size)
-            if (path / split).is_dir() and (path / test_split).is_dir()
-            else None
-        )
-        return read_folders(path / split if (path / split).is_dir() else path, size), test
+        apart = (path / split).is_dir()
+        tested = apart and test_split is not None and (path / test_split).is_dir()
+        train = read_folders(path / split if apart else path, size)
+        return train, read_folders(path / str(test_split), size) if tested else None
     if not _HUB_ID.fullmatch(data):
         raise UsageError(f"no file or folder {data}, nor is it a data set's id owner/name[:config]")
     repository, _, config = data.partition(":")
-    train = read_parquet(parquet_files(repository, config, split), image, label, size)
+    train = read_parquet(parquet_files(repository, config, split), image, label, size, limit)
+    if test_split is None:
+        return train, None
     try:
         test_files = parquet_files(repository, config, test_split)
     except TaskError:
