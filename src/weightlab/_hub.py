@@ -24,12 +24,15 @@ def local_copy(repository: str) -> Path | None:
 
 
 @functools.cache
-def hub_answers() -> bool:
+def hub_answers(extra: str = "adapters") -> bool:
     """Whether the Hub answers within `PROBE_SECONDS`, asked once a process; its clients would retry for a minute.
 
     `HF_HUB_OFFLINE` is obeyed.
+
+    Args:
+        extra: Which of weightlab's extras brings `huggingface_hub`, for the error if it is missing.
     """
-    hub, constants = require("huggingface_hub", "adapters"), require("huggingface_hub.constants", "adapters")
+    hub, constants = require("huggingface_hub", extra), require("huggingface_hub.constants", extra)
     if constants.HF_HUB_OFFLINE:
         return False
     try:

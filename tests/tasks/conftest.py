@@ -1,6 +1,6 @@
 import pytest
 
-from weightlab.tasks.data.hub import hub_reachable
+from weightlab._hub import hub_answers
 from weightlab.tasks.data.images import load_images
 from weightlab.tasks.data.text import load_text
 
@@ -11,10 +11,10 @@ def data_folder(tmp_path, monkeypatch):
     for name, folder in (("WEIGHTLAB_DATA", "data"), ("XDG_CACHE_HOME", "cache")):
         (tmp_path / folder).mkdir()
         monkeypatch.setenv(name, str(tmp_path / folder))
-    remembered = (hub_reachable, load_images, load_text)
+    remembered = (hub_answers, load_images, load_text)
     for function in remembered:
         function.cache_clear()
-    monkeypatch.setattr("weightlab.tasks.data.hub.hub_reachable", lambda: False)
+    monkeypatch.setattr("weightlab.tasks.data.hub.hub_answers", lambda extra: False)
     yield tmp_path / "data"
     for function in remembered:
         function.cache_clear()

@@ -2,6 +2,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from weightlab._hub import PROBE_SECONDS, hub_answers
 from weightlab.exceptions import TaskError
 from weightlab.tasks import EnglishGPT, ShakespeareGPT
 from weightlab.tasks.data import decode, hub, load_text, model_file, parquet_files
@@ -88,7 +89,7 @@ class FakeHub:
 def use_hub(monkeypatch, snapshots, online=True):
     fake = FakeHub(snapshots)
     monkeypatch.setattr(hub, "require", lambda module, extra: fake)
-    monkeypatch.setattr(hub, "hub_reachable", lambda: online)
+    monkeypatch.setattr(hub, "hub_answers", lambda extra: online)
     return fake
 
 
@@ -128,11 +129,11 @@ def test_what_the_hub_answers_is_passed_on(data_folder, monkeypatch):
 def test_hf_hub_offline_is_obeyed_without_a_look_at_the_network(monkeypatch):
     import huggingface_hub
 
-    hub.hub_reachable.cache_clear()
+    hub_answers.cache_clear()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub, "get_session", lambda: pytest.fail("asked the network"))
-    assert not hub.hub_reachable()
-    hub.hub_reachable.cache_clear()
+    assert not hub_answers("trial")
+    hub_answers.cache_clear()
 
 
 def test_a_dead_network_is_noticed_by_one_short_question(monkeypatch):
@@ -145,10 +146,10 @@ def test_a_dead_network_is_noticed_by_one_short_question(monkeypatch):
             questions.append(timeout)
             raise OSError("no route")
 
-    hub.hub_reachable.cache_clear()
+    hub_answers.cache_clear()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub, "get_session", Session)
-    assert not hub.hub_reachable()
-    assert not hub.hub_reachable()
-    assert questions == [hub.PROBE_SECONDS]
-    hub.hub_reachable.cache_clear()
+    assert not hub_answers("trial")
+    assert not hub_answers("trial")
+    assert questions == [PROBE_SECONDS]
+    hub_answers.cache_clear()

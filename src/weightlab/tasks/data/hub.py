@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from pathlib import Path
 from typing import Any
 
+from weightlab._hub import hub_answers, local_copy
 from weightlab._lazy import require
 from weightlab.exceptions import TaskError
 from weightlab.tasks.files import summary
 
-PROBE_SECONDS = 5.0
 NOT_ON_HUB = "the Hugging Face Hub does not have it"
-
-
-def local_repository(repository: str) -> Path | None:
-    """Return `$WEIGHTLAB_DATA/<repository>` if that folder exists."""
-    root = os.environ.get("WEIGHTLAB_DATA")
-    folder = Path(root).expanduser() / repository if root else None
-    return folder if folder is not None and folder.is_dir() else None
 
 
 def parquet_files(repository: str, config: str, split: str, *, on_hub: bool = True) -> list[Path]:
@@ -36,7 +28,7 @@ def parquet_files(repository: str, config: str, split: str, *, on_hub: bool = Tr
         MissingDependencyError: When the Hub is needed and `huggingface_hub` is not installed.
     """
     pattern = f"{config}/{split}-*.parquet" if config else f"{split}-*.parquet"
-    folder = local_repository(repository)
+    folder = local_copy(repository)
     if folder is not None:
         files = sorted(folder.glob(pattern))
         if not files:
@@ -74,7 +66,7 @@ def model_file(repository: str) -> Path:
         TaskError: When neither `WEIGHTLAB_DATA` nor the Hub (or its cache, offline) has it.
         MissingDependencyError: When the Hub is needed and `huggingface_hub` is not installed.
     """
-    folder = local_repository(repository)
+    folder = local_copy(repository)
     if folder is not None:
         file = folder / "model.safetensors"
         if not file.is_file():
@@ -86,26 +78,9 @@ def model_file(repository: str) -> Path:
         raise _missing(repository, str(error)) from None
 
 
-@functools.cache
-def hub_reachable() -> bool:
-    """Whether the Hub answers, asked once a process and within `PROBE_SECONDS`.
-
-    Its client would retry for half a minute before giving up. `HF_HUB_OFFLINE` is obeyed.
-    """
-    hub = require("huggingface_hub", "trial")
-    constants = require("huggingface_hub.constants", "trial")
-    if constants.HF_HUB_OFFLINE:
-        return False
-    try:
-        hub.get_session().head(constants.ENDPOINT, timeout=PROBE_SECONDS)
-    except Exception:
-        return False
-    return True
-
-
 def _download(function: str, repository: str, **options: Any) -> Path:
     hub = require("huggingface_hub", "trial")
-    online = hub_reachable()
+    online = hub_answers("trial")
     try:
         return Path(getattr(hub, function)(repository, local_files_only=not online, **options))
     except Exception as error:  # The client lets through what lies beneath it: httpx, OSError, ValueError.
