@@ -390,7 +390,9 @@ def _evaluate(
                 )
             try:
                 for name in wanted:
-                    parts[name].append(_scored(name, model, inputs, logits, targets.long()).float().cpu())
+                    parts[name].append(
+                        _scored(name, model, inputs, logits, targets.long()).detach().float().cpu()
+                    )
             except ValueError as error:
                 raise ValueError(f"examples {int(indices[0])} to {int(indices[-1])}: {error}") from error
             parts["probabilities"].append(logits.float().softmax(-1).cpu())

@@ -295,7 +295,7 @@ def _terms(found: Mapping[str, DataScores]) -> list[tuple[str, str]]:
             "with no higher score; between 0 and 1.",
         ),
         (
-            "Not seen before",
+            "Epochs",
             "The models were trained on these examples, a few epochs only: the longer, the more wrong labels are learned "
             "by heart and look right.",
         ),
