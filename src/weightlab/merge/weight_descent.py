@@ -86,7 +86,7 @@ def weight_matching(
     Complexity:
         For a visit to a group of size n, a product of 2n² times the rest of the tensor flops for each tensor with a
         moved neighbour, and an assignment of O(n³) at worst. Memory: n² numbers for each such tensor, and for each
-        of its groups a copy of A's tensor.
+        of its groups a copy of A's and of B's.
 
     Reference:
         "Analysis of Linear Mode Connectivity via Permutation-Based Weight Matching", arXiv 2402.04051; the algorithm
@@ -212,17 +212,18 @@ class _Group:
             device = a.device if device is None else device
             dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
             shape = [size for _, size in parts]
-            a, b = (x.to(device, dtype).reshape(shape).movedim(axis, 0) for x in (a, b))
+            # Units come last, so that the others are chosen by rows.
+            a, b = (x.to(device, dtype).reshape(shape).movedim(axis, -1) for x in (a, b))
             self.noise += (
                 _ROUNDING * torch.finfo(dtype).eps * float(a.norm() * b.norm()) / math.sqrt(self.size)
             )
             neighbours = [group for i, (group, _) in enumerate(parts) if i != axis]
             if any(neighbours):
-                self.coupled.append(_Coupled(a.contiguous(), b, neighbours))
+                self.coupled.append(_Coupled(a.contiguous(), b.contiguous(), neighbours))
             else:
                 # A bias, one number a unit, says too little to begin with.
                 self.fixed += a.numel() if a.numel() > self.size else 0
-                product = a.reshape(self.size, -1) @ b.reshape(self.size, -1).T
+                product = a.reshape(-1, self.size).T @ b.reshape(-1, self.size)
                 self.alone = product if self.alone is None else self.alone + product
 
     def similarity(self, indices: Mapping[str, Tensor], coupled: Iterable[_Coupled]) -> Tensor:
@@ -268,21 +269,21 @@ class _Coupled:
         if places is not None and len(places) <= self.budget:
             # Only what moved changes the product. The budget bounds rounding.
             self.budget -= len(places)
-            axis = self.neighbours.index(moved[0]) + 1
+            axis = self.neighbours.index(moved[0])
             a = self.a.index_select(axis, places.to(self.a.device))
             fresh, stale = (
                 self._permuted({**now, moved[0]: index[moved[0]][places]}) for index in (now, self.seen)
             )
-            self.cached = self.cached + a.flatten(1) @ (fresh - stale).flatten(1).T
+            self.cached = self.cached + a.flatten(0, -2).T @ (fresh - stale).flatten(0, -2)
         elif moved:
             self.budget = _EXCHANGES * max(now[g].numel() for g in moved)
-            self.cached = self.a.flatten(1) @ self._permuted(now).flatten(1).T
+            self.cached = self.a.flatten(0, -2).T @ self._permuted(now).flatten(0, -2)
         self.seen = now
         return self.cached
 
     def _permuted(self, indices: Mapping[str, Tensor]) -> Tensor:
         b = self.b
-        for axis, group in enumerate(self.neighbours, start=1):
+        for axis, group in enumerate(self.neighbours):
             if group is not None:
                 b = b.index_select(axis, indices[group].to(b.device))
         return b
