@@ -179,6 +179,49 @@ def test_files_with_vectors(run, tmp_path):
     assert "<img" not in (tmp_path / "s" / "data-scores.html").read_text()
 
 
+def test_ones_own_task(run, tmp_path):
+    (tmp_path / "mine.py").write_text(OWN)
+    code, out, err = run(
+        "data-scores", "--task", "mine.py:Points", "--out", "s", "--runs", "2", "--epochs", "1", "--json"
+    )
+    assert code == 0, err
+    assert json.loads(out)["data"] == "points"
+    code, _, err = run(
+        "data-scores", "--task", "mine.py:Points", "--out", "s", "--runs", "3", "--epochs", "1", "--resume"
+    )
+    assert code == 0, err
+    (tmp_path / "mine.py").write_text(OWN + "# changed\n")
+    code, _, err = run(
+        "data-scores", "--task", "mine.py:Points", "--out", "s", "--runs", "3", "--epochs", "1", "--resume"
+    )
+    assert code == 2
+    assert "made with other data or another model" in err
+
+
+OWN = """
+import torch
+from torch import nn
+from weightlab.tasks.classification import Classification
+
+class Points(Classification):
+    name, batch_size = "points", 8
+
+    def build(self, generator):
+        model = nn.Linear(2, 2)
+        nn.init.normal_(model.weight, generator=generator)
+        return model
+
+    def images(self, split):
+        return torch.eye(2).repeat(10, 1), torch.tensor([0, 1]).repeat(10)
+
+    def prepare(self, pixels):
+        return pixels
+
+    def augment(self, pixels, generator):
+        return pixels + torch.rand(pixels.shape, generator=generator)
+"""
+
+
 def test_untrained_and_weak_models_are_pointed_out(run):
     code, out, _ = run(*TASK, "--runs", "1", "--epochs", "0")
     assert code == 0
