@@ -138,7 +138,7 @@ def test_bad_data_leave_the_model_as_it_was():
     kept = {name: x.clone() for name, x in model.state_dict().items()}
     with pytest.raises(ValueError, match="there are no batches"):
         reset_batch_norm_(model, [])
-    with pytest.raises(ValueError, match="what enters 1 is not finite"):
+    with pytest.raises(ValueError, match="the input of 1 has values that are not finite"):
         reset_batch_norm_(model, [*images(), torch.full((2, 2, 6, 6), torch.inf)])
     with pytest.raises(RuntimeError):
         reset_batch_norm_(model, [*images(), torch.zeros(2, 9, 6, 6)])

@@ -6,6 +6,7 @@ from weightlab._lazy import exports
 
 if TYPE_CHECKING:
     from weightlab.merge.activation_assignment import activation_matching
+    from weightlab.merge.activation_repair import repair_
     from weightlab.merge.backfilling import BackfillCurve, backfill_curve, backfill_order
     from weightlab.merge.batch_norm_statistics import reset_batch_norm_
     from weightlab.merge.compatibility import CompatibilityAdapter, fit_adapter
@@ -47,6 +48,7 @@ __getattr__, __dir__, __all__ = exports(
         "interpolate": ".interpolation",
         "loss_barrier": ".interpolation",
         "merge_many": ".many_models",
+        "repair_": ".activation_repair",
         "reset_batch_norm_": ".batch_norm_statistics",
         "retrieval_report": ".retrieval",
         "singular_alignment": ".singular_vectors",

@@ -97,7 +97,9 @@ def reset_batch_norm_(
     if not count:
         raise ValueError("there are no batches (a generator that was used before is empty)")
     found = {
-        name: (moments[name].mean, moments[name].variance(name)) for name in layers if moments[name].count
+        name: (moments[name].mean, moments[name].variance(f"the input of {name}"))
+        for name in layers
+        if moments[name].count
     }
     for name, values in found.items():
         for key, value in zip(("running_mean", "running_var"), values, strict=True):
@@ -139,9 +141,9 @@ class Moments:
         self.count = total
 
     def variance(self, name: str) -> Tensor:
-        """The unbiased variance. Raises ValueError, naming the layer, if there is none."""
+        """The unbiased variance. Raises ValueError with this name if there is none."""
         if self.count < 2:
             raise ValueError(f"{name} has seen one value a channel, which has no variance; give more data")
         if not (self.mean.isfinite().all() and self.squares.isfinite().all()):
-            raise ValueError(f"what enters {name} is not finite on this data")
+            raise ValueError(f"{name} has values that are not finite on this data")
         return self.squares / (self.count - 1)
