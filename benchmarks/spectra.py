@@ -246,14 +246,17 @@ def main() -> None:
     }
     if options.large:
         figures["7B"] = large(options.blocks, options.embeddings, dtype, options.threads)
+        print(json.dumps(figures["7B"], indent=2))
     else:
+        models: dict[str, Callable[[], nn.Module]] = {}
         if options.layers:
-            figures[f"GPT-2 small, {options.layers} blocks"] = race(
-                gpt2(options.layers), options.rounds, not options.no_randomised
-            )
-        for name in ("resnet20", "resnet32", "resnet56") if options.resnets else ():
-            figures[name] = race(load_pretrained_resnet(name), options.rounds, not options.no_randomised)
-    print(json.dumps(figures, indent=2))
+            models[f"GPT-2 small, {options.layers} blocks"] = lambda: gpt2(options.layers)
+        if options.resnets:
+            for name in ("resnet20", "resnet32", "resnet56"):
+                models[name] = lambda name=name: load_pretrained_resnet(name)
+        for name, build in models.items():
+            figures[name] = race(build(), options.rounds, not options.no_randomised)
+            print(json.dumps({name: figures[name]}, indent=2), flush=True)
     if options.out:
         options.out.write_text(json.dumps(figures, indent=2) + "\n")
 
