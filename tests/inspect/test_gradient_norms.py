@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from weightlab.inspect import grad_norm_methods, grad_norms
 from weightlab.inspect._ghost_norms import Window, _conv_square_by_pixels, kernel_gradients
+from weightlab.inspect._ghost_rules import Batch, Use, read
 from weightlab.tasks.models.gpt import GPT, GPTConfig
 
 
@@ -225,6 +226,46 @@ def test_norms(name, batch):
     check(nn.Sequential(norm, nn.Tanh()), gaussian(batch, 4, 6))
 
 
+class Accelerated:
+    """What a node of an accelerator would be, from one of the CPU."""
+
+    def __init__(self, node, name, **saved):
+        self.node, self.name = node, lambda: name
+        self._input_metadata = node._input_metadata
+        for key, value in saved.items():
+            setattr(self, f"_saved_{key}", value)
+
+
+def test_nodes_that_only_accelerators_have():
+    x, g = gaussian(3, 4, 6), gaussian(3, 4, 6)
+    batch = Batch(3, 0)
+    norm = nn.BatchNorm1d(4).double().eval()
+    nn.init.uniform_(norm.running_mean)
+    nodes = [norm(part).grad_fn for part in (x, x[:1])]
+    names = ("input", "running_mean", "running_var", "training")
+    stand_ins = [
+        Accelerated(
+            node,
+            "CudnnBatchNormBackward0",
+            epsilon=node._saved_eps,
+            **{name: getattr(node, f"_saved_{name}") for name in names},
+        )
+        for node in nodes
+    ]
+    found = [read(Use(*pair, 1, norm.weight.shape, batch))(g) for pair in (nodes, stand_ins)]
+    torch.testing.assert_close(found[0].gradient, found[1].gradient, rtol=0, atol=0)
+
+    norm = nn.RMSNorm(6).double()
+    scale = (x.square().mean(-1, keepdim=True) + torch.finfo(x.dtype).eps).rsqrt()
+    nodes = [norm(part).grad_fn for part in (x, x[:1])]
+    stand_ins = [
+        Accelerated(node, "FusedRmsNormBackward0", input=x[:n], result1=scale[:n])
+        for node, n in zip(nodes, (3, 1), strict=True)
+    ]
+    found = [read(Use(*pair, 1, norm.weight.shape, batch))(g) for pair in (nodes, stand_ins)]
+    torch.testing.assert_close(found[0].gradient, found[1].gradient, rtol=1e-12, atol=0)
+
+
 def test_batch_norm_of_vectors():
     check(nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3), nn.Tanh()), gaussian(5, 4))
 
@@ -288,6 +329,21 @@ def test_module_called_several_times():
 
     model = Calls(forward, conv=nn.Conv2d(2, 2, 3, padding=1), linear=nn.Linear(5, 5), norm=nn.LayerNorm(5))
     check(model, gaussian(4, 2, 4, 5))
+
+
+def test_kernel_used_with_two_strides():
+    def forward(self, x):
+        return F.conv1d(F.conv1d(x, self.kernel, stride=2), self.kernel)
+
+    check(Calls(forward, kernel=parameter(2, 2, 3)), gaussian(4, 2, 9), method="vmap")
+
+
+def test_stack_of_matrices_used_twice():
+    def forward(self, x):
+        turned = torch.tanh(torch.einsum("bi,hoi->bho", x, self.stack)).sum(1)
+        return torch.einsum("bi,hio->bho", turned, self.stack)
+
+    check(Calls(forward, stack=parameter(3, 3, 3)), gaussian(4, 3), method="vmap")
 
 
 def test_embedding_called_twice_and_tied_to_a_transposed_product():
@@ -388,6 +444,17 @@ def test_layers_on_positions_only():
     methods = grad_norm_methods(model, x, y, squares)
     assert methods.pop("embed.weight") == "vmap"
     assert set(methods.values()) == {"ghost"}
+
+
+def test_output_without_examples():
+    model = Calls(lambda self, x: (x * 1.0, self.scale * 2), scale=parameter(3))
+    x, y = gaussian(4, 3), gaussian(4, 3)
+
+    def loss(outputs, targets):
+        return squares(outputs[0] * outputs[1], targets)
+
+    assert grad_norm_methods(model, x, y, loss) == {"scale": "vmap"}
+    torch.testing.assert_close(grad_norms(model, x, y, loss), looped(model, x, y, loss), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("captured", [False, True])

@@ -48,10 +48,11 @@ _VIEWS = {
         "Unsqueeze",
         "View",
     ]
-} | {"SqueezeBackward1", "TransposeBackward1"}
+} | {"SqueezeBackward1", "SqueezeBackward2", "TransposeBackward1"}
 # Views of a matrix that turn it over, and that leave it as it is.
 _TURNS = {"TBackward0", "TransposeBackward0", "TransposeBackward1"}
 _SAME = {"AliasBackward0", "ToCopyBackward0"}
+# Views of a part, with one output for each part.
 _SPLITS = {
     "ChunkBackward0",
     "SplitBackward0",
@@ -61,7 +62,11 @@ _SPLITS = {
 }
 # Views after which the entries of a vector lie in the same order.
 _ORDERED = {"AliasBackward0", "ToCopyBackward0", "UnsafeViewBackward0", "UnsqueezeBackward0", "ViewBackward0"}
+Path = tuple[tuple[Any, int], ...]
+
 _UNLIKE = "is used differently by one example and by several"
+_SHARED = "is used on what does not depend on the example"
+_SEVERAL = "is used several times in different ways"
 
 
 @dataclass(frozen=True)
@@ -130,9 +135,6 @@ class Plan:
     rule: Callable[[Sequence[Tensor]], Factors]
 
 
-Path = tuple[tuple[Any, int], ...]
-
-
 @dataclass(frozen=True)
 class _Operand:
     """What a node takes: it, its like in the other graph or None, the operand's number, source and views between."""
@@ -178,20 +180,21 @@ def _plan_use(operand: _Operand, users: Mapping[Any, Sequence[_Operand]], batch:
         return Plan([use.node], operand.path, lambda gradients: rule(gradients[0]))
     # What the node gives is the same for all examples, as position embeddings are: look where it meets them.
     rule = read(Use(use.node, use.alone, use.index, use.shape, Shared(batch)))
-    meets = []
-    for user in users.get(use.node, ()):
-        if user.node.name() not in BROADCASTS or not _ORDERED.issuperset(
-            node.name() for node, _ in user.path
-        ):
-            raise NoClosedForm("is used on what does not depend on the example")
-        meets.append(read(user.use(batch)))
+    meetings = users.get(use.node, ())
+    for user in meetings:
+        views = {node.name() for node, _ in user.path}
+        if user.node.name() not in BROADCASTS or not views <= _ORDERED:
+            raise NoClosedForm(_SHARED)
+    if not meetings:
+        raise NoClosedForm(_SHARED)
+    meets = [read(user.use(batch)) for user in meetings]
     shape = use.output_shape
 
     def combined(gradients: Sequence[Tensor]) -> Factors:
         dense = [cast(Dense, meet(g)).gradient for meet, g in zip(meets, gradients, strict=True)]
         return rule(torch.stack(dense).sum(0).reshape(-1, *shape))
 
-    return Plan([user.node for user in users.get(use.node, ())], operand.path, combined)
+    return Plan([user.node for user in meetings], operand.path, combined)
 
 
 def _operands(outputs: Sequence[Tensor], others: Sequence[Tensor], seen: set[Any]) -> Iterator[_Operand]:
@@ -261,7 +264,8 @@ def _square(
         raise NoClosedForm("is cut into pieces in several ways")
     total = zero
     for parts in pieces.values():
-        total = total + (parts[0][1].square(buffer) if len(parts) == 1 else _square_of_sum(parts, buffer))
+        square = parts[0][1].square(buffer) if len(parts) == 1 else _square_of_sum(parts, buffer)
+        total = total + square.to(total.device)
     return total
 
 
@@ -271,19 +275,22 @@ def _cut(split: Any) -> object:
 
 def _square_of_sum(uses: Sequence[tuple[Path, Factors]], buffer: int) -> Tensor:
     """Squared norms of a sum of gradients of the same entries."""
-    views = {node.name() for path, _ in uses for node, _ in path}
+    nodes = [node for path, _ in uses for node, _ in path]
+    views = {node.name() for node in nodes}
     factors = [factor for _, factor in uses]
     dense = [factor.gradient for factor in factors if isinstance(factor, Dense)]
     if len(dense) == len(factors) and views <= _ORDERED:
         return Dense(torch.stack(dense).sum(0)).square(buffer)
     kernels = [factor for factor in factors if isinstance(factor, Kernel)]
-    if len(kernels) == len(factors) and views <= _SAME:
+    alike = len({(kernel.window, kernel.groups) for kernel in kernels}) == 1
+    if len(kernels) == len(factors) and alike and views <= _SAME:
         pairs = tuple(pair for kernel in kernels for pair in kernel.pairs)
         return Kernel(pairs, kernels[0].window, kernels[0].groups).square(buffer)
+    matrices = all(len(node._input_metadata[0].shape) == 2 for node in nodes)
     outer = [_turned(path, factor) for path, factor in uses if isinstance(factor, Outer)]
     lookup = [factor for path, factor in uses if isinstance(factor, Lookup) and not path]
-    if len(outer) + len(lookup) < len(factors) or not views <= _TURNS | _SAME:
-        raise NoClosedForm("is used several times in different ways")
+    if len(outer) + len(lookup) < len(factors) or not (matrices and views <= _TURNS | _SAME):
+        raise NoClosedForm(_SEVERAL)
     total = torch.zeros((), device=(outer[0].left if outer else lookup[0].rows).device)
     left = right = total
     if outer:

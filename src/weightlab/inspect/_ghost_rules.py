@@ -11,6 +11,7 @@ from torch import Tensor
 
 from weightlab.inspect._ghost_norms import (
     Window,
+    accumulation_dtype,
     conv_square,
     dense_square,
     lookup_square,
@@ -197,7 +198,7 @@ class Use:
             if n == 1 and gradient.shape[1 + extra + axis] != 1
         ]
         if dims:
-            gradient = gradient.sum(dims, keepdim=True)
+            gradient = gradient.sum(dims, keepdim=True, dtype=accumulation_dtype(gradient.dtype))
         return Dense(gradient.flatten(1))
 
 
@@ -290,7 +291,7 @@ def _convolution(use: Use) -> Rule:
     if use.index == 2:
 
         def bias(g: Tensor) -> Factors:
-            return Dense(use.split(g).flatten(3).sum((1, 3)))
+            return _sum_by_channel(use.split(g))
 
         return bias
     if use.index == 0:
@@ -337,6 +338,11 @@ def _layer_norm(use: Use) -> Rule:
     return _affine(use, lambda: (x - mean) * scale, channels=False)
 
 
+def _rms_norm(use: Use) -> Rule:
+    x, scale = use.node._saved_input, use.node._saved_result1
+    return _affine(use, lambda: x * scale, channels=False)
+
+
 def _group_norm(use: Use) -> Rule:
     x, mean, scale = use.node._saved_input, use.node._saved_result1, use.node._saved_result2
 
@@ -351,9 +357,8 @@ def _batch_norm(use: Use) -> Rule:
     node = use.node
     if node._saved_training:
         raise NoClosedForm("belongs to a norm that uses the statistics of the batch")
-    x, mean, variance, eps = (
-        getattr(node, f"_saved_{name}") for name in ("input", "running_mean", "running_var", "eps")
-    )
+    x, mean, variance = (getattr(node, f"_saved_{name}") for name in ("input", "running_mean", "running_var"))
+    eps = node._saved_eps if hasattr(node, "_saved_eps") else node._saved_epsilon
     shape = (-1, *[1] * (x.ndim - 2))
     return _affine(use, lambda: (x - mean.view(shape)) * (variance + eps).rsqrt().view(shape), channels=True)
 
@@ -366,11 +371,15 @@ def _affine(use: Use, normalized: Callable[[], Tensor], *, channels: bool) -> Ru
         if use.index == 1:
             g = g * normalized()
         g = use.split(g, outermost)
-        if channels:
-            return Dense(g.flatten(3).sum((1, 3)) if g.ndim > 3 else g.sum(1))
-        return use.sum_to_operand(g)
+        return _sum_by_channel(g) if channels else use.sum_to_operand(g)
 
     return rule
+
+
+def _sum_by_channel(g: Tensor) -> Dense:
+    """Sum `(B, k, C, ...)` to `(B, C)`."""
+    dims = [1, *range(3, g.ndim)]
+    return Dense(g.sum(dims, dtype=accumulation_dtype(g.dtype)))
 
 
 def _repeat(use: Use) -> Rule:
@@ -392,8 +401,11 @@ RULES: dict[str, Callable[[Use], Rule]] = {
     "AddmmBackward0": _addmm,
     "BmmBackward0": _mm,
     "ConvolutionBackward0": _convolution,
+    "CudnnBatchNormBackward0": _batch_norm,
     "EmbeddingBackward0": _embedding,
     "ExpandBackward0": _broadcast,
+    "FusedRmsNormBackward0": _rms_norm,
+    "MiopenBatchNormBackward0": _batch_norm,
     "MmBackward0": _mm,
     "MulBackward0": _multiply,
     "NativeBatchNormBackward0": _batch_norm,

@@ -76,7 +76,8 @@ def grad_norms(
         Shape `(B,)`, float32, or float64 for a model in float64. Half precision is added up in float32.
 
     Raises:
-        TypeError: If `model` is no module, `inputs` holds no tensor or the outputs do not suit `loss_fn`.
+        TypeError: If `model` is no module or has complex parameters, `inputs` holds no tensor or the outputs do not suit
+            `loss_fn`.
         ValueError: If a batch norm or dropout is in training mode (the module is named), or the model draws at random
             in another way that shows; tensors are empty or of
             different lengths; no parameter is chosen; `loss_fn` gives another shape; or `method="ghost"` and a parameter
@@ -237,7 +238,7 @@ def _norm(gradient: Tensor | None, like: Tensor) -> Tensor:
     dtype = accumulation_dtype(like.dtype)
     if gradient is None:
         return like.new_zeros((), dtype=dtype)
-    return torch.linalg.vector_norm(gradient, dtype=accumulation_dtype(gradient.dtype)).to(dtype)
+    return torch.linalg.vector_norm(gradient, dtype=accumulation_dtype(gradient.dtype)).to(like.device, dtype)
 
 
 def _tolerance(parameters: Iterable[Tensor]) -> float:
@@ -324,6 +325,9 @@ def _choose(model: nn.Module, params: ParameterChoice) -> dict[str, nn.Parameter
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trained:
         raise ValueError("no parameter of the model requires a gradient")
+    for name, p in trained.items():
+        if not p.is_floating_point():
+            raise TypeError(f"grad_norms needs real parameters, and {name} is of type {p.dtype}")
     if params == "all":
         return trained
     if params == "last":
