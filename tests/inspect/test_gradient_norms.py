@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from weightlab.inspect import grad_norm_methods, grad_norms
@@ -670,6 +671,40 @@ def test_non_finite_numbers_stay_with_their_example():
     x[2, 1] = float("nan")
     norms = grad_norms(model, x, torch.zeros(4, dtype=torch.long), method="ghost")
     assert norms.isnan().tolist() == [False, False, True, False]
+
+
+class Largest(TorchDispatchMode):
+    """Watches how many entries tensors have."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        for tensor in found if isinstance(found, tuple | list) else (found,):
+            if isinstance(tensor, torch.Tensor):
+                self.entries = max(self.entries, tensor.untyped_storage().nbytes() // tensor.element_size())
+        return found
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [
+        (nn.Linear(200, 300), (16, 125, 200)),
+        (nn.Conv2d(48, 64, 3), (16, 48, 14, 14)),
+        (nn.Conv2d(64, 128, 3, padding=1), (16, 64, 4, 4)),
+    ],
+    ids=["direct", "kernel", "pixels"],
+)
+def test_memory_does_not_hold_the_gradients(model, shape, monkeypatch):
+    """No tensor is larger than the activations or the buffer, where one gradient an example would be."""
+    buffer = 2**17
+    monkeypatch.setattr("weightlab.inspect.gradient_norms._BUFFER", buffer)
+    x = torch.randn(shape)
+    activations = max(x.numel(), model(x).numel())
+    with Largest() as largest:
+        grad_norms(model, x, torch.zeros(16, *[1] * (x.ndim - 1)), squares, method="ghost")
+    gradients = 16 * model.weight.numel()
+    assert largest.entries <= max(activations, buffer) < gradients
 
 
 def snapshot(model):
