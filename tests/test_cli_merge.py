@@ -312,6 +312,29 @@ def test_folders_of_transformers_make_their_own_model(run, tmp_path):
     assert not (tmp_path / "N").exists()
 
 
+def test_models_that_transformers_stores_under_other_names(run, tmp_path):
+    from transformers import ViTConfig, ViTForImageClassification
+
+    sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    model = ViTForImageClassification(ViTConfig(**sizes, image_size=8, patch_size=4)).eval()
+    model.save_pretrained(tmp_path / "A")
+    stored = load_file(tmp_path / "A" / "model.safetensors")
+    # Swap two units of the middle of the block, by hand and by the names in the file.
+    (first,) = (name for name in stored if name.endswith("intermediate.dense.weight"))
+    block = first.removesuffix("intermediate.dense.weight")
+    order = torch.arange(12).roll(1)
+    moved = dict(stored)
+    for name in (first, f"{block}intermediate.dense.bias"):
+        moved[name] = stored[name][order].clone()
+    moved[f"{block}output.dense.weight"] = stored[f"{block}output.dense.weight"][:, order].clone()
+    (tmp_path / "B").mkdir()
+    save_file(moved, tmp_path / "B" / "model.safetensors", metadata={"format": "pt"})
+    code, _, err = run("merge", "A", "B", "--out", "M", "--method", "weights")
+    assert code == 0, err
+    assert same(load_file(tmp_path / "M" / "model.safetensors"), stored)
+
+
 def test_saved_masks_of_infinities_are_copied(run, tmp_path):
     mask = torch.full((2, 2), -torch.inf).triu(1)
     for seed, name in enumerate((A, B)):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from weightlab.exceptions import UsageError
+from weightlab.inspect import Checkpoint
 from weightlab.merge.bench import Bench
 from weightlab.tasks import Task, registry
 from weightlab.tasks.files import is_file_ref, load_object, summary
+
+# Numbers in place of tensors start where no initial value is.
+_FIRST = 1000
 
 
 def bench(
@@ -47,11 +53,12 @@ def bench(
         return None
     generator = torch.Generator().manual_seed(seed)
     chosen = None if task is None else registry.get(task)
-    module, example, where = _model(model, chosen, first, generator)
+    module, example, where, renamed = _model(model, chosen, first, generator)
     if input_shape is not None:
         example = (torch.randn(_shape(input_shape), generator=generator),)
     if chosen is not None:
-        return _with_task(chosen, module, example, where, batches, generator)
+        made = _with_task(chosen, module, example, where, batches, generator)
+        return dataclasses.replace(made, names=renamed)
     found = [] if data is None else _batches(data, batches)
     if example is None:
         if not found:
@@ -67,17 +74,19 @@ def bench(
         held_out=found,
         loss=_cross_entropy if found else None,
         data=data or "",
+        names=renamed,
     )
 
 
 def _model(
     ref: str | None, task: Task | None, first: str, generator: torch.Generator
-) -> tuple[nn.Module, tuple[Any, ...] | None, str]:
+) -> tuple[nn.Module, tuple[Any, ...] | None, str, dict[str, str]]:
     if ref is None and task is not None:
-        return task.build(generator), None, f"the model of {task.name}"
+        return task.build(generator), None, f"the model of {task.name}", {}
     if ref is None or (Path(ref).expanduser() / "config.json").is_file():
         folder = Path(ref or first).expanduser()
-        return *_transformers(folder, generator), str(ref or first)
+        module, inputs, renamed = _transformers(folder, generator)
+        return module, inputs, str(ref or first), renamed
     if not is_file_ref(ref):
         raise UsageError(f"--model {ref} is neither file.py:object nor a folder with a config.json")
     found: Any = load_object(ref)
@@ -94,19 +103,28 @@ def _model(
         raise UsageError(
             f"{ref} gives a {type(found).__name__}; it must give a module, or a pair (module, input)"
         )
-    return found.float(), example, ref
+    return found.float(), example, ref, {}
 
 
-def _transformers(folder: Path, generator: torch.Generator) -> tuple[nn.Module, tuple[Any, ...]]:
+def _transformers(
+    folder: Path, generator: torch.Generator
+) -> tuple[nn.Module, tuple[Any, ...], dict[str, str]]:
+    """A model of the architecture in a folder, an input, and its names for tensors that have others in the folder."""
     from weightlab._lazy import require
+    from weightlab.adapters.finetune.model import quiet_libraries
 
     transformers = require("transformers", "adapters")
+    infos = Checkpoint(folder).infos
     try:
-        config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True)
-        config.use_cache = False
-        kind = getattr(transformers, (config.architectures or ["AutoModel"])[0])
-        make = kind.from_config if kind is transformers.AutoModel else kind._from_config
-        model = make(config).float()
+        with quiet_libraries():
+            config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True)
+            config.use_cache = False
+            kind = getattr(transformers, (config.architectures or ["AutoModel"])[0])
+            make = kind.from_config if kind is transformers.AutoModel else kind._from_config
+            model = make(config).float()
+            renamed = {}
+            if not infos.keys() <= model.state_dict().keys() and kind is not transformers.AutoModel:
+                renamed = _renamed(kind, config, {name: info.shape for name, info in infos.items()})
     except Exception as error:  # Whatever lies beneath: OSError, ValueError, AttributeError, ...
         raise UsageError(
             f"transformers cannot make the model in {folder}: {summary(error)}; give --model file.py:object"
@@ -114,9 +132,29 @@ def _transformers(folder: Path, generator: torch.Generator) -> tuple[nn.Module, 
     if model.main_input_name == "pixel_values":
         size = getattr(config, "image_size", 32)
         shape = (1, getattr(config, "num_channels", 3), *((size, size) if isinstance(size, int) else size))
-        return model, (torch.randn(shape, generator=generator),)
-    words = config.get_text_config().vocab_size
-    return model, (torch.randint(words, (2, 8), generator=generator),)
+        return model, (torch.randn(shape, generator=generator),), renamed
+    words = torch.randint(config.get_text_config().vocab_size, (2, 8), generator=generator)
+    given = {"input_ids": words, **({"decoder_input_ids": words} if config.is_encoder_decoder else {})}
+    order = list(inspect.signature(model.forward).parameters)
+    example = tuple(given.get(name) for name in order[: 1 + max(map(order.index, given))])
+    return model, example, renamed
+
+
+def _renamed(kind: Any, config: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    """Names that transformers gives to tensors as it loads them, found by loading numbers in their place."""
+    numbers = {
+        name: torch.full((1,), float(i)).expand(shape)
+        for i, (name, shape) in enumerate(shapes.items(), start=_FIRST)
+    }
+    loaded = kind.from_pretrained(None, config=config, state_dict=numbers, dtype=torch.float32).state_dict()
+    names = dict(enumerate(shapes, start=_FIRST))
+    found = {}
+    for name, tensor in loaded.items():
+        stored = names.get(int(tensor.min())) if tensor.numel() else None
+        # What was made of several tensors, or of none, has no name in the file.
+        if stored is not None and shapes[stored] == tensor.shape and tensor.min() == tensor.max():
+            found[stored] = name
+    return found
 
 
 def _with_task(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ class Bench:
         loss: `loss(model, batch)`, a mean over the batch. None: no losses.
         evaluate: Gives scores of a model, by name. None: no scores.
         data: What batches are from, for the report.
+        names: Names in the model of tensors that have others in files.
     """
 
     model: nn.Module
@@ -41,26 +42,32 @@ class Bench:
     loss: Callable[[nn.Module, Any], Tensor] | None = None
     evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None
     data: str = ""
+    names: Mapping[str, str] = field(default_factory=dict)
+
+    def name(self, stored: str) -> str:
+        """Name in the model of a tensor in a file."""
+        return self.names.get(stored, stored)
 
 
 def load_into(bench: Bench, state: Mapping[str, Tensor], path: str) -> None:
     """Put a network's tensors into the bench's model, which must be of the same architecture."""
     own = bench.model.state_dict()
-    for name, tensor in state.items():
+    for stored, tensor in state.items():
+        name = bench.name(stored)
         if name not in own or own[name].shape != tensor.shape:
-            found = tuple(own[name].shape) if name in own else None
             raise UsageError(
-                f"{path} is not of the architecture of {bench.where}: {name} has shape {tuple(tensor.shape)} in the file, "
-                + (f"but {found} in the model" if found is not None else "and is not in the model")
+                f"{path} is not of the architecture of {bench.where}: {stored} has shape {tuple(tensor.shape)} in the file, "
+                + (f"but {tuple(own[name].shape)} in the model" if name in own else "and is not in the model")
             )
-    places = {own[name].data_ptr() for name in state}
+    given = {bench.name(stored): tensor for stored, tensor in state.items()}
+    places = {own[name].data_ptr() for name in given}
     for name, tensor in own.items():
-        if name not in state and tensor.data_ptr() not in places:
+        if name not in given and tensor.data_ptr() not in places:
             raise UsageError(
                 f"{path} is not of the architecture of {bench.where}: {name}, of shape {tuple(tensor.shape)}, is in the "
                 "model, and not in the file"
             )
-    bench.model.load_state_dict(dict(state), strict=False)
+    bench.model.load_state_dict(given, strict=False)
 
 
 @contextlib.contextmanager

@@ -106,7 +106,8 @@ def _specification(
     load_into(bench, states[0], path)
     model = bench.model.state_dict()
     if settings.spec is not None:
-        whole = read_spec(settings.spec)
+        given = read_spec(settings.spec)
+        whole = PermutationSpec({bench.name(name): axes for name, axes in given.axes.items()})
         owners = {(x.data_ptr(), x.shape): name for name, x in model.items() if name in whole.axes}
         tied = {
             name: whole.axes[owners[x.data_ptr(), x.shape]]
@@ -119,7 +120,7 @@ def _specification(
             whole = PermutationSpec.from_model(bench.model, *bench.example)
     try:
         sizes = whole.group_sizes(model)
-        stored = {name: axes for name, axes in whole.axes.items() if name in states[0]}
+        stored = {n: whole.axes[bench.name(n)] for n in states[0] if bench.name(n) in whole.axes}
         groups = PermutationSpec(stored).groups
         spec = PermutationSpec(stored, sizes={g: sizes[g] for g in groups})
         spec.factors(states[0])

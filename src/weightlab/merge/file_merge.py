@@ -218,11 +218,10 @@ def _run(
             ]
         facts["batch_norm"] = layers
         own = bench.model.state_dict()
-        for layer in layers:
-            for key in ("running_mean", "running_var"):
-                name = f"{layer}.{key}" if layer else key
-                if name in merged:
-                    overridden[name] = own[name].detach().to(merged[name].dtype, copy=True)
+        for name, tensor in merged.items():
+            layer, _, key = bench.name(name).rpartition(".")
+            if layer in layers and key in ("running_mean", "running_var"):
+                overridden[name] = own[bench.name(name)].detach().to(tensor.dtype, copy=True)
         merged |= overridden
     if bench.evaluate is not None:
         scores = []
