@@ -67,7 +67,15 @@ def page(result: Mapping[str, Any]) -> str:
         names=names,
         data=losses.get("data") or result.get("scores", {}).get("data", ""),
         curve=markup(_curve(losses, lines, result)) if lines else None,
-        lines=[{**line, "barrier": _number(line["barrier"]), "at": _number(line["at"])} for line in lines],
+        lines=[
+            {
+                **line,
+                "barrier": _number(line["barrier"]),
+                "at": _number(line["at"]) if line["barrier"] else "-",
+            }
+            for line in lines
+        ],
+        on_line=result["method"] in ("weights", "average"),
         scores=_scores(result, names),
         scored_as_is="batch_norm" in result,
         matching=_matching(result, names),
@@ -82,6 +90,8 @@ def _headline(result: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> 
     barriers = [_number(line["barrier"]) for line in lines]
     if len(lines) > 1:
         return f"The barrier between the two goes from {barriers[0]} to {barriers[-1]}"
+    if lines and lines[0]["barrier"] == 0:
+        return "No barrier lies between the two"
     if lines:
         return f"A barrier of {barriers[0]} lies between the two"
     count = len(result["models"])
@@ -124,7 +134,7 @@ def _curve(losses: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], result
                     markersize=6,
                     zorder=4,
                 )
-        if result["method"] != "task-arithmetic":
+        if result["method"] in ("weights", "average"):
             share = result["models"][1]["weight"]
             axes.plot(
                 [share], [losses["merged"]], "o", markerfacecolor=PAGE, markeredgecolor=TEXT, markersize=8,
