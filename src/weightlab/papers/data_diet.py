@@ -6,7 +6,7 @@ import functools
 import statistics
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from weightlab.papers.figure import rounded
@@ -66,7 +66,7 @@ WRONG = 0.1
 WITHIN = 0.005
 DETECTED = 0.95
 AGREE = 0.9
-TUNING_SEEDS = 1000
+TUNING_SEEDS, RANDOM_SEEDS = 1000, 10_000
 STACK = 128
 
 
@@ -152,8 +152,8 @@ class _Split:
         train: Indices to train on.
         test: The others.
         wrong: Which of `train` have a wrong label.
-        scores: Score -> `(1200,)`, of `train`.
         runs: EL2N by run, `(runs, 1200)`.
+        scores: Score -> `(1200,)`, of `train`.
     """
 
     seed: int
@@ -163,7 +163,7 @@ class _Split:
     test: Tensor
     wrong: Tensor
     runs: Tensor
-    scores: dict[str, Tensor] = field(default_factory=dict)
+    scores: dict[str, Tensor]
 
     def subset(self, arm: Arm) -> Tensor:
         """Indices that an arm trains on."""
@@ -171,7 +171,7 @@ class _Split:
 
         from weightlab.inspect import select
 
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator().manual_seed(RANDOM_SEEDS + self.seed)
         scores = self.scores[arm.score]
         return self.train[select(scores, arm.keep, arm.strategy, offset=arm.offset, generator=generator)]
 
@@ -202,11 +202,12 @@ def _split(seed: int, noise: float, runs: int) -> _Split:
 
     settings = {"runs": runs, "batch_size": BATCH, "lr": LR, "seed": seed}
     found = data_scores(model, data, ["el2n", "grand"], epochs=EPOCHS, **settings)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="scores of an untrained network")
-        start = data_scores(model, data, "grand", epochs=0, **settings)
     scores = {name: score.scores for name, score in found.items()}
-    scores |= {"grand at the start": start.scores, "input norm": inputs[train].norm(dim=1)}
+    if not noise:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="scores of an untrained network")
+            start = data_scores(model, data, "grand", epochs=0, **settings)
+        scores |= {"grand at the start": start.scores, "input norm": inputs[train].norm(dim=1)}
     return _Split(seed, inputs, labels, train, test, wrong, found["el2n"].per_run, scores)
 
 
