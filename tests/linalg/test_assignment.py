@@ -119,6 +119,8 @@ def test_bad_input():
         linear_assignment(torch.zeros(2, 3))
     with pytest.raises(ValueError, match=r"prices must have shape \(2,\), one for each column, got \(3,\)"):
         linear_assignment(torch.zeros(2, 2), torch.zeros(3))
+    with pytest.raises(ValueError, match="prices has entries that are not finite"):
+        linear_assignment(torch.zeros(2, 2), torch.tensor([0.0, torch.nan]))
     for bad in (torch.nan, torch.inf, -torch.inf):
         with pytest.raises(ValueError, match="similarity has entries that are not finite"):
             linear_assignment(torch.tensor([[0.0, bad], [0.0, 1.0]]))

@@ -37,13 +37,13 @@ def linear_assignment(similarity: Tensor, prices: Tensor | None = None) -> Assig
     Args:
         similarity: Square matrix, finite, on any device. Bids are made in float32, float64 for float64 and integers.
         prices: Where to begin, of shape (n,): what a similar problem returned. Default None: 0. They change the time
-            that it takes and not the sum.
+            that it takes, and the sum within rounding of the bids at most.
 
     Returns:
         Indices, int64 of shape (n,), and prices, (n,), on the CPU.
 
     Raises:
-        ValueError: If the matrix is not square or has an entry that is not finite, or `prices` has another length.
+        ValueError: If the matrix is not square, `prices` has another length, or either has an entry that is not finite.
 
     Complexity:
         O(n³) at worst, O(n²) where the auction is enough. Memory: a copy in float64.
@@ -64,15 +64,13 @@ def linear_assignment(similarity: Tensor, prices: Tensor | None = None) -> Assig
     values = similarity.detach().to("cpu", torch.float64 if exact else torch.float32).numpy()
     if n and not (np.isfinite(values.max()) and np.isfinite(values.min())):
         raise ValueError("similarity has entries that are not finite")
-    start = (
-        np.zeros(n, values.dtype)
-        if prices is None
-        else prices.to(similarity.dtype).numpy(force=True).astype(values.dtype)
-    )
-    columns, found = _auction(values, start)
+    start = np.zeros(n) if prices is None else prices.double().numpy(force=True)
+    if not np.isfinite(start).all():
+        raise ValueError("prices has entries that are not finite")
+    columns, found = _auction(values, start.astype(values.dtype))
     if (columns < 0).any():
         # No row's and no column's own constant changes the solution; without them it is found sooner.
-        costs = values - found
+        costs = np.subtract(values, found, dtype=np.float64)
         np.subtract(costs.max(1, keepdims=True), costs, out=costs)
         costs -= costs.min(0)
         columns = linear_sum_assignment(costs)[1]
