@@ -10,6 +10,7 @@ round. Both sides have the same number of restarts; they take turns, and medians
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import platform
@@ -67,6 +68,7 @@ def objective(a: Params, b: Params, spec: PermutationSpec, perm: Permutation) ->
     return sum(float((a[name].double() * moved[name].double()).sum()) for name in a)
 
 
+@functools.cache
 def trained(width: int, seed: int, epochs: int) -> nn.Module:
     """A perceptron 64-width-width-width-10 on the digits, as in the paper's protocol."""
     torch.manual_seed(seed)
