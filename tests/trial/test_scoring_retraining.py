@@ -220,6 +220,12 @@ class TestPage:
         assert "Training without them" not in text
         assert "One run only" in text
 
+    def test_weak_models_do_not_judge(self):
+        scores = self.scored()
+        weak = DataScores("el2n", torch.rand(1, N), scores.targets, F.one_hot(scores.targets * 0, 3).float())
+        text = page(source(), {"el2n": weak}, facts=[], show=5)
+        assert "48 examples scored, by models that learned too little to judge labels by" in text
+
 
 class TestPictures:
     @pytest.mark.parametrize("shape", [(2, 5, 6), (2, 1, 5, 6), (2, 3, 5, 6)])

@@ -18,6 +18,7 @@ from weightlab.trial.scoring.retraining import ALL, Recipe, Retrained
 from weightlab.trial.scoring.sources import Source
 
 LIKELY = 0.5
+WEAK = 0.3
 BINS = 60
 TITLES = {
     "el2n": "EL2N",
@@ -71,7 +72,7 @@ def page(
         "page.html.j2",
         title=f"data scores of {source.name}",
         name=source.name,
-        headline=_headline(likely, n),
+        headline=_headline(likely, n, otherwise(result)),
         facts=facts,
         notes=notes,
         score=title,
@@ -95,7 +96,14 @@ def page(
     )
 
 
-def _headline(likely: int, n: int) -> str:
+def otherwise(result: DataScores) -> float:
+    """Return the share of examples for which another class than the label is predicted."""
+    return float((result.predicted != result.targets).double().mean())
+
+
+def _headline(likely: int, n: int, predicted_otherwise: float) -> str:
+    if predicted_otherwise > WEAK:
+        return f"{n:,} examples scored, by models that learned too little to judge labels by"
     if likely == 0:
         return f"None of {n:,} examples looks mislabelled"
     return f"{likely:,} of {n:,} examples {'looks' if likely == 1 else 'look'} mislabelled"

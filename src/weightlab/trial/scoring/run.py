@@ -22,7 +22,7 @@ from weightlab.inspect.scoring import Score, data_scores
 from weightlab.tasks.digest import digest
 from weightlab.trial.report.export import dumps
 from weightlab.trial.scoring.display import Display
-from weightlab.trial.scoring.page import LIKELY, TITLES, page, verdict
+from weightlab.trial.scoring.page import LIKELY, TITLES, WEAK, otherwise, page, verdict
 from weightlab.trial.scoring.retraining import Recipe, Retrained, retrain
 from weightlab.trial.scoring.sources import Source, data_source, task_source
 
@@ -30,7 +30,6 @@ REPORT, PAGE, TABLE = "data-scores.json", "data-scores.html", "scores.csv"
 RUNS, SETTINGS = "runs", "settings.json"
 LISTED = 20
 BATCH = 128
-WEAK = 0.3
 UNTRAINED = (
     "These are scores of untrained networks. They follow the norm of the input and are no evidence of which examples "
     "matter (arXiv 2303.14753); score after an epoch or more."
@@ -350,7 +349,7 @@ def _counted(count: int, thing: str) -> str:
 def _notes(settings: Settings, result: DataScores) -> list[str]:
     if settings.epochs == 0:
         return [UNTRAINED]
-    share = float((result.predicted != result.targets).double().mean())
+    share = otherwise(result)
     if share <= WEAK:
         return []
     return [
