@@ -217,10 +217,20 @@ class TestSources:
     def test_ones_own_model(self, tmp_path):
         np.savez(tmp_path / "a.npz", x=np.zeros((4, 2)), y=np.arange(4) % 2)
         (tmp_path / "mine.py").write_text(
-            "import torch\ndef build():\n    return torch.nn.Linear(2, 2)\nnumber = 3\n"
+            "from torch.nn import Linear\n"
+            "build, wide, few = lambda: Linear(2, 2), lambda: Linear(3, 2), lambda: Linear(2, 1)\n"
+            "none, broken, number = lambda: None, lambda: 1 / 0, 3\n"
         )
         source = data_source(str(tmp_path / "a.npz"), model=f"{tmp_path}/mine.py:build")
         assert source.build()(source.inputs).shape == (4, 2)
+        for name, message in (
+            ("wide", r"wide does not take a batch of inputs \(2,\): RuntimeError"),
+            ("few", r"few must give logits \(2, 2\) for 2 inputs of 2 classes; it gives \(2, 1\)"),
+            ("none", "none gave no module but NoneType"),
+            ("broken", "broken could not be called: ZeroDivisionError"),
+        ):
+            with pytest.raises(UsageError, match=message):
+                data_source(str(tmp_path / "a.npz"), model=f"{tmp_path}/mine.py:{name}")
         with pytest.raises(UsageError, match="must be callable without arguments"):
             data_source(str(tmp_path / "a.npz"), model=f"{tmp_path}/mine.py:number")
 

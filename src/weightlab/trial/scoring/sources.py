@@ -257,6 +257,7 @@ def _builder(model: str, inputs: Tensor, classes: int) -> Callable[[], nn.Module
                 raise UsageError(f"--model {model} gave no module but {type(module).__name__}")
             return Prepared(prepare, module)
 
+        _try(build, model, inputs[:2], classes)
         return build
     if model not in MODELS:
         raise UsageError(f"unknown model {model!r}; known: {', '.join(MODELS)}; your own: path.py:object")
@@ -269,6 +270,24 @@ def _builder(model: str, inputs: Tensor, classes: int) -> Callable[[], nn.Module
         )
     depth = int(model.removeprefix("resnet"))
     return lambda: Prepared(lambda stored: prepare(stored).expand(-1, 3, -1, -1), ResNet(depth, classes))
+
+
+def _try(build: Callable[[], nn.Module], model: str, stored: Tensor, classes: int) -> None:
+    """Check that a user's model takes the inputs and tells enough classes apart."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        built = build().eval()
+        try:
+            logits = built(stored)
+        except Exception as error:
+            raise UsageError(
+                f"--model {model} does not take a batch of inputs {tuple(stored.shape[1:])}: {summary(error)}"
+            ) from error
+    shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if not isinstance(logits, Tensor) or logits.shape[:-1] != stored.shape[:1] or logits.shape[-1] < classes:
+        raise UsageError(
+            f"--model {model} must give logits ({len(stored)}, {classes}) for {len(stored)} inputs of {classes} "
+            f"classes; it gives {shape}"
+        )
 
 
 def _standardise(inputs: Tensor) -> Callable[[Tensor], Tensor]:
