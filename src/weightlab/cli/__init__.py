@@ -4,7 +4,7 @@ Nothing here imports torch until a verb needs it, so that `--help` answers at on
 """
 
 # Verbs appear in `--help` in this order.
-from weightlab.cli import trials, papers, adapters, inspecting, data_scores, merging  # isort: skip
+from weightlab.cli import trials, papers, adapters, inspecting, data_scores, merging, compat  # isort: skip
 from weightlab.cli.common import app
 from weightlab.cli.entry import INTERRUPTED, main, run
 
@@ -12,6 +12,7 @@ __all__ = [
     "INTERRUPTED",
     "adapters",
     "app",
+    "compat",
     "data_scores",
     "inspecting",
     "main",

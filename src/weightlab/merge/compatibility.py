@@ -23,7 +23,7 @@ from weightlab.nn.orthogonality_penalty import Gate
 
 MapKind = Literal["affine", "orthogonal", "lambda"]
 MapMethod = Literal["projection", "penalty"]
-_FORMAT = "weightlab compatibility adapter 1"
+_HEADER = "weightlab_compatibility_adapter"
 
 
 class CompatibilityAdapter(nn.Module):
@@ -104,7 +104,8 @@ class CompatibilityAdapter(nn.Module):
 
     def metadata(self) -> dict[str, str]:
         """The header of the file."""
-        return {"format": _FORMAT, "normalize": json.dumps(self.normalize), "info": json.dumps(self.info)}
+        # One key: safetensors writes several in no fixed order.
+        return {_HEADER: json.dumps({"version": 1, "normalize": self.normalize, "info": self.info})}
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> CompatibilityAdapter:
@@ -121,15 +122,16 @@ class CompatibilityAdapter(nn.Module):
         except SafetensorError as error:
             raise ValueError(f"{path} is no safetensors file: {error}") from error
         weight = tensors.get("backward_map.weight")
-        if header.get("format") != _FORMAT or weight is None:
+        if _HEADER not in header or weight is None:
             raise ValueError(f"{path} is no compatibility adapter; write one with CompatibilityAdapter.save")
+        settings = json.loads(header[_HEADER])
         adapter = cls(
             weight.size(1),
             weight.size(0),
             bias="backward_map.bias" in tensors,
             forward="forward_map.weight" in tensors,
-            normalize=json.loads(header["normalize"]),
-            info=json.loads(header["info"]),
+            normalize=settings["normalize"],
+            info=settings["info"],
         ).to(weight.dtype)
         adapter.load_state_dict(tensors)
         return adapter
