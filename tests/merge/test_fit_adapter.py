@@ -227,8 +227,7 @@ class TestTraining:
 
         def loss(adapter):
             mapped = adapter.to_old(z)
-            same = (y[:, None] == y).float()
-            return contrastive_loss(mapped, F.normalize(h, dim=1), same).item()
+            return contrastive_loss(mapped, F.normalize(h, dim=1), y, y).item()
 
         plain = fit_adapter(z, h, y, kind="affine")
         drawn = fit_adapter(z, h, y, kind="affine", weights=LossWeights(contrastive=1.0), steps=200, lr=0.02)
@@ -237,18 +236,28 @@ class TestTraining:
     def test_contrastive_loss_is_the_formula(self):
         anchors, keys = gaussian(3, 4), gaussian(5, 4, seed=1)
         y, other = [0, 1, 2], [0, 0, 1, 1, 3]
-        same = torch.tensor([[float(a == b) for b in other] for a in y], dtype=torch.float64)
-        same[0, 1] = torch.nan  # this key is the anchor itself
         cosine = F.cosine_similarity(anchors[:, None], keys[None], dim=-1) / 0.5
         terms = []
         for i, row in enumerate(cosine.tolist()):
-            kept = [j for j in range(5) if (i, j) != (0, 1)]
-            total = math.log(sum(math.exp(row[j]) for j in kept))
-            right = [j for j in kept if y[i] == other[j]]
+            total = math.log(sum(math.exp(x) for x in row))
+            right = [x for x, label in zip(row, other, strict=True) if label == y[i]]
             if right:
-                terms.append(sum(total - row[j] for j in right) / len(right))
+                terms.append(sum(total - x for x in right) / len(right))
         assert len(terms) == 2
-        assert float(contrastive_loss(anchors, keys, same, 0.5)) == pytest.approx(sum(terms) / 2)
+        found = contrastive_loss(anchors, keys, torch.tensor(y), torch.tensor(other), 0.5)
+        assert float(found) == pytest.approx(sum(terms) / 2)
+
+    def test_an_anchor_is_no_key_of_its_own(self):
+        anchors, others = gaussian(3, 4), gaussian(2, 4, seed=1)
+        y = torch.tensor([0, 0, 1, 0, 2])
+        found = contrastive_loss(anchors, torch.cat([anchors, others]), y[:3], y, own=True)
+        apart = []
+        for i in range(2):
+            rest = torch.arange(5) != i
+            keys = torch.cat([anchors, others])[rest]
+            apart.append(float(contrastive_loss(anchors[i : i + 1], keys, y[i : i + 1], y[rest])))
+        # The third has no other of its class, and does not count.
+        assert float(found) == pytest.approx(sum(apart) / 2)
 
     def test_joint_training_moves_both_maps(self):
         z, h = (x.float() for x in pairs(4, 4, n=60))

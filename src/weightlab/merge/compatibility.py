@@ -226,7 +226,7 @@ def fit_adapter(
             f"z_new and h_old must be pairs, row by row, got {len(z)} and {len(h)} rows; keep the items that both have"
         )
     if labels is not None:
-        labels = check_labels(labels, len(z), "labels").to(z.device)
+        labels = check_labels(labels, len(z), "labels").to(z.device).unique(return_inverse=True)[1]
     elif weights.contrastive:
         raise ValueError(
             f"weights.contrastive={weights.contrastive:g} needs labels; pass labels or set it to 0"

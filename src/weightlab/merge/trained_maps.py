@@ -51,27 +51,47 @@ def apply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y if bias is None else y + bias.unsqueeze(-2)
 
 
-def contrastive_loss(anchors: Tensor, keys: Tensor, same: Tensor, temperature: float = 0.1) -> Tensor:
+def contrastive_loss(
+    anchors: Tensor,
+    keys: Tensor,
+    anchor_labels: Tensor,
+    key_labels: Tensor,
+    temperature: float = 0.1,
+    *,
+    own: bool = False,
+) -> Tensor:
     r"""Supervised contrastive loss by cosine: each anchor is to be closer to keys of its class than to others.
 
-    For an anchor, the mean over the keys of its class of `−log softmax(cos / temperature)`. Anchors that are among the keys
-    are left out as keys of themselves where `same` is NaN there.
+    For an anchor, the mean over the keys of its class of `−log softmax(cos / temperature)`.
 
     Args:
         anchors: `(..., a, d)`.
         keys: `(..., k, d)`.
-        same: `(..., a, k)`: 1 for keys of the anchor's class, 0 for others, NaN for the anchor itself.
+        anchor_labels: `(..., a)`, integers of at least 0.
+        key_labels: `(..., k)`.
         temperature: Default 0.1.
+        own: Whether the first keys are the anchors, each of which is then no key of its own. Default False.
 
     Returns:
-        `(...)`. Anchors without a key of their class add nothing.
+        `(...)`, the mean over anchors that have a key of their class.
+
+    Complexity:
+        `O(a·k·d)`.
     """
-    logits = F.normalize(anchors, dim=-1) @ F.normalize(keys, dim=-1).mT / temperature
-    itself = same.isnan()
-    log_share = logits.masked_fill(itself, -torch.inf).log_softmax(-1).masked_fill(itself, 0)
-    positive = same.masked_fill(itself, 0)
-    counts = positive.sum(-1)
-    each = -(log_share * positive).sum(-1) / counts.clamp_min(1)
+    anchors, keys = F.normalize(anchors, dim=-1), F.normalize(keys, dim=-1)
+    logits = anchors @ keys.mT / temperature
+    # Sums over the keys of a class stand in for the mask of all pairs.
+    classes = F.one_hot(key_labels, int(torch.maximum(anchor_labels.max(), key_labels.max())) + 1).to(keys)
+    sums, counts = classes.mT @ keys, classes.sum(-2)
+    index = anchor_labels.unsqueeze(-1).expand(anchors.shape)
+    towards = (anchors * sums.gather(-2, index)).sum(-1) / temperature
+    counts = counts.gather(-1, anchor_labels)
+    if own:
+        diagonal = logits.diagonal(dim1=-2, dim2=-1)
+        towards, counts = towards - diagonal, counts - 1
+        diagonal = torch.full_like(diagonal, -torch.inf)
+        logits = logits.diagonal_scatter(diagonal, dim1=-2, dim2=-1)
+    each = torch.where(counts > 0, logits.logsumexp(-1) - towards / counts.clamp_min(1), 0)
     return each.sum(-1) / (counts > 0).sum(-1).clamp_min(1)
 
 
@@ -158,10 +178,13 @@ def _loss(
         moved.append(lifted)
     if labels is not None and weights.contrastive:
         anchors = torch.cat(moved, -2)
-        keys = torch.cat([anchors, h], -2)
-        classes = torch.cat([labels] * len(moved), -1).unsqueeze(-1)
-        same = (classes == torch.cat([labels] * (len(moved) + 1), -1).unsqueeze(-2)).to(z.dtype)
-        own = torch.arange(anchors.size(-2), device=z.device)
-        same[..., own, own] = torch.nan
-        loss = loss + weights.contrastive * contrastive_loss(anchors, keys, same, temperature)
+        classes = torch.cat([labels] * (len(moved) + 1), -1)
+        loss = loss + weights.contrastive * contrastive_loss(
+            anchors,
+            torch.cat([anchors, h], -2),
+            classes[..., : anchors.size(-2)],
+            classes,
+            temperature,
+            own=True,
+        )
     return loss

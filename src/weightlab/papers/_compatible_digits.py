@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -123,14 +124,21 @@ def pairs(target: Target, seeds: Sequence[int], steps: int) -> Pairs:
     old = encoders(
         data["gallery"], target.classes, (64,), seeds, steps=steps, weight_decay=target.weight_decay
     )
+    return Pairs(
+        {name: old(part.pixels) for name, part in data.items()},
+        _new_embeddings(tuple(seeds), steps),
+        {name: part.labels for name, part in data.items()},
+    )
+
+
+@functools.cache
+def _new_embeddings(seeds: tuple[int, ...], steps: int) -> dict[str, Tensor]:
+    """All images by new encoders, which are the same whatever the old ones know."""
+    data = parts()
     new = encoders(
         data["gallery"], 10, (128,), [seed + 10_000 for seed in seeds], steps=steps, weight_decay=0.01
     )
-    return Pairs(
-        {name: old(part.pixels) for name, part in data.items()},
-        {name: new(part.pixels) for name, part in data.items()},
-        {name: part.labels for name, part in data.items()},
-    )
+    return {name: new(part.pixels) for name, part in data.items()}
 
 
 def repeated(data: Pairs, times: int) -> Pairs:
