@@ -69,7 +69,8 @@ def weight_matching(
         params_b: Tensors of the network to permute: the same names and shapes.
         spec: Which axes move together. Running statistics of norms (`running_mean`, `running_var`) and integers follow
             their group and have no say.
-        n_restarts: Orders to try; the best result is returned. Default 5. It ends early at distance 0.
+        n_restarts: Starts and orders to try. Of several, each is left at the first sweep that gains less than a tenth
+            of what it gained so far, and the best goes on to its end. Default 5. It ends early at distance 0.
         max_sweeps: Rounds through all groups in one of them, as in the official code of Git Re-Basin. Default 100.
         init: Where to start, all restarts. Default None: grown from what is fixed.
         generator: For the orders of starts and visits, on the CPU. Default None: PyTorch's.
