@@ -6,7 +6,6 @@ import csv
 import io
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +14,7 @@ from rich.table import Table
 from torch import Tensor
 
 from weightlab._lazy import require
+from weightlab._pages.files import write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -133,6 +133,9 @@ class DataScores(JupyterMixin):
         """Return a line an example, the hardest first, and write it to `path` if given.
 
         Columns: index, score, rank, label, predicted, margin, suspicion. Floats have all their digits, `inf` is one.
+
+        Raises:
+            WeightlabError: If the file cannot be written; what was there stays.
         """
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
@@ -143,7 +146,7 @@ class DataScores(JupyterMixin):
         ranks = range(1, len(order) + 1)
         writer.writerows(zip(order.tolist(), score, ranks, label, predicted, margin, suspicion, strict=True))
         if path is not None:
-            Path(path).write_text(text.getvalue(), encoding="utf-8")
+            write_text(path, text.getvalue())
         return text.getvalue()
 
     def plot(self) -> Figure:
