@@ -241,13 +241,11 @@ def fit_adapter(
     pulled = moments
     if weights.forward:
         pulled = embedding_maps.pulled_forward(moments, weights.forward / weights.backward)
-    maps = _closed_form(z, h, moments, embedding_maps.within_tolerance(pulled, limit), bias, forward)
+    # A penalty is to find its way within the tolerance by itself.
+    start = 0.0 if method == "penalty" else limit
+    maps = _closed_form(z, h, moments, embedding_maps.within_tolerance(pulled, start), bias, forward)
     if weights.contrastive or method == "penalty":
-        penalty = None
-        if method == "penalty":
-            penalty = OrthogonalityPenalty(limit, gate, sharpness)
-            W = embedding_maps.procrustes(pulled)
-            maps = _closed_form(z, h, moments, W, bias, forward)
+        penalty = OrthogonalityPenalty(limit, gate, sharpness) if method == "penalty" else None
         maps = trained_maps.train(
             z, h, maps, labels=labels, weights=weights, temperature=temperature, penalty=penalty,
             tol=math.inf if penalty is not None else limit, steps=steps, lr=lr, batch_size=batch_size, generator=generator,

@@ -97,10 +97,10 @@ def within_tolerance(moments: PairMoments, tol: float, steps: int = 200) -> Tens
     r"""A W with `‖WᵀW − I‖_F ≤ tol` (of the short side) and small `‖Wz − h‖²`.
 
     Exactly `least_squares` where that is within the tolerance, and exactly `procrustes` for `tol=0`. Else descent on
-    the boundary, from `procrustes` and from `least_squares` brought within, of which the better end is kept: a step along
-    the boundary in a metric that knows the spread of z and, by the constraint's multiplier, the boundary's curvature; then
-    the rotation of Wz that suits h best. Steps that do not descend are shortened. It ends in a local minimum; the set
-    is not convex.
+    the boundary from `procrustes`: a step along the boundary in a metric that knows the spread of z and, by the constraint's
+    multiplier, the boundary's curvature; then the rotation of Wz that suits h best. Steps that do not descend are
+    shortened. It ends in a local minimum; the set is not convex. With d_h < d_z the same is done from `least_squares`
+    brought within, and the better end is kept.
 
     Args:
         moments: Of the pairs.
@@ -128,8 +128,10 @@ def within_tolerance(moments: PairMoments, tol: float, steps: int = 200) -> Tens
     inside = (orthogonality_deviation(free) <= tol)[..., None, None]
     if bool(inside.all()):
         return free
-    # Both ends of the way are starts, side by side as one more dimension of the batch.
-    W = torch.stack([procrustes(moments), relaxed_polar_factor(free, tol)])
+    # Starts lie side by side as one more dimension of the batch. In a space no smaller, the rotation is near the best.
+    W = procrustes(moments).unsqueeze(0)
+    if W.size(-2) < W.size(-1):
+        W = torch.cat([W, relaxed_polar_factor(free, tol).unsqueeze(0)])
     error = squared_error(moments, W)
     scale, done = torch.ones_like(error), torch.zeros_like(error, dtype=torch.bool)
     for _ in range(steps):
@@ -138,22 +140,23 @@ def within_tolerance(moments: PairMoments, tol: float, steps: int = 200) -> Tens
         trial = polar_factor(moments.hz @ trial.mT) @ trial
         reached = squared_error(moments, trial)
         better = reached < error
-        done |= better & (scale >= 0.3) & (error - reached <= 1e-9 * error)
+        done |= better & (scale >= 0.3) & (error - reached <= 1e-8 * error)
         W = torch.where(better[..., None, None], trial, W)
         error = torch.where(better, reached, error)
         scale = torch.where(better, (1.5 * scale).clamp_max(4), scale / 3)
         done |= scale < 1e-6
         if bool(done.all()):
             break
-    W = torch.where((error[1] < error[0])[..., None, None], W[1], W[0])
+    W = torch.where((error[-1] < error[0])[..., None, None], W[-1], W[0])
     return torch.where(inside, free, W)
 
 
 def _along_boundary(moments: PairMoments, W: Tensor, tol: float) -> tuple[Tensor, Tensor]:
     """A direction to step against, along the boundary where it would leave else; and where that is."""
-    gradient, normal = W @ moments.zz - moments.hz, _deviation_gradient(W)
+    gradient, gap = W @ moments.zz - moments.hz, _gap(W)
+    normal = _times(gap, W)
     multiplier = -(gradient * normal).sum((-2, -1)) / normal.square().sum((-2, -1)).clamp_min(1e-300)
-    at_boundary = orthogonality_deviation(W) >= tol * (1 - 1e-6)
+    at_boundary = torch.linalg.matrix_norm(gap) >= tol * (1 - 1e-6)
     multiplier = torch.where(at_boundary, multiplier.clamp_min(0), 0)
     diagonal = moments.zz.diagonal(dim1=-2, dim2=-1)
     ridge = (1e-9 * diagonal.mean(-1) + 2 * multiplier).clamp_min(1e-300)
@@ -172,8 +175,10 @@ def _brought_back(W: Tensor, bound: Tensor, tol: float) -> Tensor:
     The rest is left to `relaxed_polar_factor`, which alone would move singular values near 0 by the root of the excess.
     """
     for _ in range(4):
-        normal = _deviation_gradient(W)
-        excess = (orthogonality_deviation(W).square() - tol**2) / 4
+        gap = _gap(W)
+        normal = _times(gap, W)
+        # A hair within, where `relaxed_polar_factor` has nothing left to do.
+        excess = (gap.square().sum((-2, -1)) - tol**2 * (1 - 1e-10)) / 4
         excess = torch.where(bound, excess, excess.clamp_min(0))
         W = W - (excess / normal.square().sum((-2, -1)).clamp_min(1e-300))[..., None, None] * normal
     return relaxed_polar_factor(W, tol)
@@ -183,8 +188,11 @@ def _solve(metric: Tensor, gradient: Tensor) -> Tensor:
     return torch.cholesky_solve(gradient.mT, metric).mT
 
 
-def _deviation_gradient(W: Tensor) -> Tensor:
-    """Gradient of D²/4, `(WWᵀ − I) W` of the short side."""
-    if W.size(-2) > W.size(-1):
-        return W @ (W.mT @ W) - W
-    return (W @ W.mT) @ W - W
+def _gap(W: Tensor) -> Tensor:
+    """Gram matrix of the short side less the identity. `_times` W it is the gradient of D²/4."""
+    gram = W.mT @ W if W.size(-2) > W.size(-1) else W @ W.mT
+    return gram - torch.eye(gram.size(-1), dtype=W.dtype, device=W.device)
+
+
+def _times(gap: Tensor, W: Tensor) -> Tensor:
+    return W @ gap if W.size(-2) > W.size(-1) else gap @ W
