@@ -116,6 +116,34 @@ def test_gpt_with_tied_embeddings():
     assert check_equivalence(model, perm, ids, spec=spec, rtol=1e-10) <= 1e-10
 
 
+class AddedProducts(nn.Module):
+    """As GPT-2 of transformers does it: weights stored input first, products by addmm, a cache that starts empty."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.up_bias = nn.Parameter(torch.randn(4, 6)), nn.Parameter(torch.randn(6))
+        self.mix = nn.Parameter(torch.randn(3, 6, 5))
+        self.down, self.down_bias = nn.Parameter(torch.randn(5, 2)), nn.Parameter(torch.randn(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        up = torch.addmm(self.up_bias, x, self.up)
+        cached = torch.cat([torch.tensor([], dtype=up.dtype), up], dim=-2)
+        mixed = torch.baddbmm(torch.ones(1, 1, 5).double(), batch1=cached.expand(3, -1, -1), batch2=self.mix)
+        return torch.addmm(self.down_bias, mat1=mixed.sum(0).tanh(), mat2=self.down, alpha=0.5)
+
+
+def test_products_that_are_added_to_and_caches_that_start_empty():
+    torch.manual_seed(0)
+    model, x = randomized(AddedProducts()), torch.randn(7, 4).double()
+    spec = PermutationSpec.from_model(model, x)
+    assert spec.axes["up"] == (None, "up")
+    assert spec.axes["up_bias"] == ("up",)
+    assert spec.axes["mix"][1] == "up"
+    assert spec.axes["down"] == (spec.axes["mix"][2], None)
+    perm = Permutation.random(spec.group_sizes(model.state_dict()))
+    assert check_equivalence(model, perm, x, spec=spec, rtol=1e-10) <= 1e-10
+
+
 def test_residual_stream_is_one_group_and_inner_channels_have_their_own():
     axes = PermutationSpec.from_model(ResidualNet(), torch.randn(2, 3, 6, 6)).axes
     assert axes["stem.weight"] == ("stem", None, None, None)

@@ -362,6 +362,13 @@ def _strided(t: Tracer, out: Any, func: Any, args: tuple[Any, ...], kwargs: dict
 def _cat(t: Tracer, out: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     tensors = _tensors(args, kwargs)
     dim = kwargs.get("dim", kwargs.get("axis", args[1] if len(args) > 1 else 0)) % out.ndim
+    if _name(func) != "stack":
+        # Caches of keys and values start empty.
+        tensors = [tensor for tensor in tensors if tensor.numel()] or tensors
+        if len(tensors) == 1:
+            t.set(out, t.labels(tensors[0]))
+            _same_shape(t, out)
+            return
     rows = [t.labels(tensor) for tensor in tensors]
     if _name(func) == "stack":
         rows = [[*row[:dim], [], *row[dim:]] for row in rows]
@@ -377,12 +384,21 @@ def _cat(t: Tracer, out: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str
 @rule("matmul rmatmul bmm mm mv")
 def _matmul(t: Tracer, out: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     a, b = _tensors(args, kwargs)
-    if _name(func) == "rmatmul":
-        a, b = b, a
+    t.set(out, _product(t, b, a) if _name(func) == "rmatmul" else _product(t, a, b))
+
+
+@rule("addmm addmv baddbmm")
+def _add_product(t: Tracer, out: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    names = {"addmm": ("mat1", "mat2"), "addmv": ("mat", "vec"), "baddbmm": ("batch1", "batch2")}[_name(func)]
+    bias, a, b = _bind(dict.fromkeys(("input", *names)), args, kwargs)[:3]
+    t.set(out, _broadcast([t.labels(bias), _product(t, a, b)]))
+
+
+def _product(t: Tracer, a: Tensor, b: Tensor) -> Labels:
     left, right = t.labels(a), t.labels(b)
     unite(left[-1], right[-2] if b.ndim > 1 else right[-1])
     batch = _broadcast([left[:-2], right[:-2]])
-    t.set(out, [*batch, *(left[-2:-1] if a.ndim > 1 else []), *(right[-1:] if b.ndim > 1 else [])])
+    return [*batch, *(left[-2:-1] if a.ndim > 1 else []), *(right[-1:] if b.ndim > 1 else [])]
 
 
 @rule("einsum")
