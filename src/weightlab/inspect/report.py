@@ -10,21 +10,24 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.jupyter import JupyterMixin
 from rich.table import Table
 from torch import Tensor
 
 from weightlab._lazy import require
+from weightlab._pages.files import write_text
 from weightlab.inspect.checkpoint import Checkpoint, Source
 from weightlab.inspect.erg import erg_count
 from weightlab.inspect.layers import Layer, walk_layers
+from weightlab.inspect.numbers import plain
 from weightlab.inspect.power_law import fit_power_law
 from weightlab.inspect.randomized import RandomizedControl, randomized_control
 from weightlab.inspect.spectrum import SLICE_FACTOR, ConvView, Normalization, esd
+from weightlab.inspect.tables import report_table
 from weightlab.linalg.power_law import SmallN
 
 if TYPE_CHECKING:
@@ -52,7 +55,6 @@ _MEANS = (
     "log_alpha_norm",
     "stable_rank",
 )
-_SHOWN = ("alpha", "alpha_hat", "sigma", "ks", "n_tail", "erg_gap", "stable_rank", "log_norm")
 
 
 @dataclass(frozen=True)
@@ -152,25 +154,16 @@ class Report(JupyterMixin):
     flags: dict[str, tuple[str, ...]]
     eigenvalues: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
-    def table(self) -> Table:
-        """Return a rich table of the most telling columns."""
-        table = Table(title=self.source, title_justify="left")
-        table.add_column("layer", overflow="fold")
-        table.add_column("shape")
-        for column in _SHOWN:
-            table.add_column(column, justify="right")
-        table.add_column("flags")
-        for row in self.rows:
-            numbers = (_shown(getattr(row, column)) for column in _SHOWN)
-            notes = ", ".join(row.flags) or ("" if row.status == "ok" else row.status)
-            table.add_row(row.name, "×".join(map(str, row.shape)), *numbers, notes)
-        means = (_shown(self.summary.get(column, math.nan)) for column in _SHOWN)
-        table.add_section()
-        table.add_row(f"mean of {self.summary['fitted']:.0f} fitted", "", *means, "")
-        return table
+    def table(self, width: int | None = None) -> Table:
+        """Return a rich table, one row a layer.
 
-    def __rich__(self) -> Table:
-        return self.table()
+        Args:
+            width: Characters to be had; columns of less importance are left out where they do not fit. None: any.
+        """
+        return report_table(self, width)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield self.table(options.max_width)
 
     def plot(self) -> Figure:
         """Draw the exponent of each fitted layer with its standard error, and the ranges that have flags.
@@ -205,7 +198,10 @@ class Report(JupyterMixin):
             "flags": {flag: list(names) for flag, names in self.flags.items()},
             "rows": [dataclasses.asdict(row) for row in self.rows],
         }
-        return _written(json.dumps(_plain(content), indent=2, allow_nan=False) + "\n", path)
+        text = json.dumps(plain(content), indent=2, allow_nan=False) + "\n"
+        if path is not None:
+            write_text(path, text)
+        return text
 
     def to_csv(self, path: str | os.PathLike[str] | None = None) -> str:
         """Return the rows as CSV, one column an attribute, empty where there is no number; write it to `path` if given."""
@@ -214,10 +210,12 @@ class Report(JupyterMixin):
         writer = csv.DictWriter(text, names, lineterminator="\n")
         writer.writeheader()
         for row in self.rows:
-            values = _plain(dataclasses.asdict(row))
+            values = plain(dataclasses.asdict(row))
             values |= {"shape": "x".join(map(str, row.shape)), "flags": " ".join(row.flags)}
             writer.writerow({name: "" if value is None else value for name, value in values.items()})
-        return _written(text.getvalue(), path)
+        if path is not None:
+            write_text(path, text.getvalue())
+        return text.getvalue()
 
 
 def layer_report(
@@ -536,24 +534,3 @@ def _ranks(x: Tensor, stored: torch.dtype, longest: int) -> tuple[int, float, fl
     entropy = float(torch.special.entr(p).sum()) / math.log(rank) if rank > 1 else math.nan
     q = x.sqrt() / x.sqrt().sum()
     return rank, math.exp(float(torch.special.entr(q).sum())), entropy
-
-
-def _shown(value: float | None) -> str:
-    if value is None or math.isnan(value):
-        return "-"
-    return str(value) if isinstance(value, int) else f"{value:.3g}"
-
-
-def _plain(value: Any) -> Any:
-    """JSON types, with null for numbers that JSON does not have."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _written(text: str, path: str | os.PathLike[str] | None) -> str:
-    if path is not None:
-        Path(path).write_text(text, encoding="utf-8")
-    return text
