@@ -102,10 +102,8 @@ def inspect(
 
     `weightlab inspect ./base --compare ./fine-tuned --html changes.html`
     """
-    from weightlab.inspect.comparison import Comparison
     from weightlab.inspect.progress import WorkBar
     from weightlab.inspect.reading import Settings, read
-    from weightlab.inspect.tables import report_table
 
     settings = Settings(
         checkpoint=checkpoint, compare=compare, layers=tuple(names(layers)), split_qkv=split_qkv, conv=conv.value,
@@ -120,8 +118,7 @@ def inspect(
     if as_json:
         typer.echo(reading.result.to_json(), nl=False)
         return
-    result = reading.result
-    stdout.print(result if isinstance(result, Comparison) else report_table(result, stdout.width))
+    stdout.print(reading.result)
     for line in _told(reading, html=html, csv=csv):
         stdout.print(line, markup=False, highlight=False, soft_wrap=True)
 
