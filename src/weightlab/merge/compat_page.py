@@ -103,9 +103,12 @@ def _sweep(result: Mapping[str, Any]) -> str:
                 [result["chosen"]], [heights[result["chosen"]]], "o", markerfacecolor=PAGE, markeredgecolor=TEXT,
                 markersize=9, markeredgewidth=1.4, zorder=2,
             )  # fmt: skip
-        for value in result["reference"].values():
-            if value is not None:
-                axes.axhline(100 * value, color=MUTED, linewidth=0.8, zorder=1)
+        if result["labels"] is not None:
+            # Where lines of found items run elsewhere as a rule.
+            for name, place, side in (("old", places[0], "left"), ("new", places[-1], "right")):
+                height = 100 * result["reference"][name]
+                axes.axhline(height, color=MUTED, linewidth=0.8, zorder=1)
+                axes.text(place, height, f"{name} in {name}", color=MUTED, fontsize=8, ha=side, va="bottom")
         axes.set_xticks(places, labels)
         axes.set_xlabel("λ/√d")
         axes.set_ylabel("%")

@@ -140,7 +140,7 @@ def within_tolerance(moments: PairMoments, tol: float, steps: int = 200) -> Tens
         trial = polar_factor(moments.hz @ trial.mT) @ trial
         reached = squared_error(moments, trial)
         better = reached < error
-        done |= better & (scale >= 0.3) & (error - reached <= 1e-8 * error)
+        done |= better & (scale >= 0.3) & (error - reached <= 1e-7 * error)
         W = torch.where(better[..., None, None], trial, W)
         error = torch.where(better, reached, error)
         scale = torch.where(better, (1.5 * scale).clamp_max(4), scale / 3)
