@@ -3,7 +3,7 @@
     python benchmarks/gradient_norms.py --threads 1 --out gradient-norms.json
 
 Contenders take turns, so that a busy machine slows all of them alike. What is reported is the median over rounds of
-each contender's time divided by that of a plain forward and backward pass of the batch in the same round. The loop and
+each contender's processor time divided by that of a plain forward and backward pass of the batch in the same round. The loop and
 `vmap` are PyTorch's own; BackPACK and Opacus take part where they are installed and know the model's layers.
 """
 
@@ -170,9 +170,9 @@ def measure(case: str, seconds: float, slow: bool) -> dict[str, dict[str, float]
     end = time.perf_counter() + seconds
     while len(times["plain"]) < 3 or time.perf_counter() < end:
         for name, call in present.items():
-            start = time.perf_counter()
+            start = time.process_time()
             call()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(time.process_time() - start)
     return {
         name: {
             "ms": 1e3 * statistics.median(column),
