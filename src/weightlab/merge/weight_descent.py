@@ -16,7 +16,7 @@ from weightlab.merge.permutation_spec import Factors, PermutationSpec
 # A smaller gain cannot be told from rounding, in units of the resolution: errors of n entries add like their root.
 _ROUNDING = 8
 # Columns exchanged one by one before a product is made anew, in units of its size.
-_EXCHANGES = 4
+_EXCHANGES = 8
 # Where there are several starts, each pauses at a sweep that gains less than this share of what it gained so far.
 _ENOUGH = 0.1
 
@@ -230,14 +230,16 @@ class _Group:
     def similarity(self, indices: Mapping[str, Tensor], coupled: Iterable[_Coupled]) -> Tensor:
         """Matrix of shape (size, size): what each unit of B in each place of A adds to the objective.
 
-        Only through tensors that no other group permutes, and these that others do.
+        Only through tensors that no other group permutes, and these that others do. It holds until the next call.
         """
         products = [part.product(indices) for part in coupled]
         if self.alone is not None:
             products.append(self.alone)
-        total = products[0]
-        for product in products[1:]:
-            total = total + product
+        if len(products) == 1:
+            return products[0]
+        total = products[0] + products[1]
+        for product in products[2:]:
+            total += product
         return total
 
     def assign(self, similarity: Tensor) -> Tensor:
@@ -260,7 +262,7 @@ class _Coupled:
         self.budget = 0
 
     def product(self, indices: Mapping[str, Tensor]) -> Tensor:
-        """What each unit of B in each place of A adds to the objective through this tensor."""
+        """What each unit of B in each place of A adds to the objective through this tensor, until the next call."""
         now = {g: indices[g] for g in self.neighbours if g is not None}
         # All of them at first, when nothing has been seen.
         moved = [g for g in now if g not in self.seen or not torch.equal(now[g], self.seen[g])]
@@ -275,7 +277,7 @@ class _Coupled:
             fresh, stale = (
                 self._permuted({**now, moved[0]: index[moved[0]][places]}) for index in (now, self.seen)
             )
-            self.cached = self.cached + a.flatten(0, -2).T @ (fresh - stale).flatten(0, -2)
+            self.cached.addmm_(a.flatten(0, -2).T, (fresh - stale).flatten(0, -2))
         elif moved:
             self.budget = _EXCHANGES * max(now[g].numel() for g in moved)
             self.cached = self.a.flatten(0, -2).T @ self._permuted(now).flatten(0, -2)
