@@ -94,7 +94,7 @@ class _Size:
 SIZES: dict[Scale, _Size] = {
     "smoke": _Size(seeds=2, tuning_seeds=1, lrs=(0.1,), runs=2, steps=40, forgetting=(1, 3)),
     "cpu": _Size(
-        seeds=16, tuning_seeds=3, lrs=(0.02, 0.05, 0.1, 0.2), runs=10, steps=1500, forgetting=(4, 20)
+        seeds=12, tuning_seeds=2, lrs=(0.02, 0.05, 0.1, 0.2), runs=10, steps=1500, forgetting=(3, 20)
     ),
 }
 
