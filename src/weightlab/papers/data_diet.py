@@ -66,7 +66,8 @@ WRONG = 0.1
 WITHIN = 0.005
 DETECTED = 0.95
 AGREE = 0.9
-TUNING_SEEDS, RANDOM_SEEDS = 1000, 10_000
+# The splits 0 to 11 were measured once, with learning rates of which most arms took the last.
+FIRST_SEED, TUNING_SEEDS, RANDOM_SEEDS = 12, 1000, 10_000
 STACK = 128
 
 
@@ -90,11 +91,21 @@ class _Size:
     steps: int
     forgetting: tuple[int, int]
 
+    @property
+    def splits(self) -> range:
+        """Seeds of the splits to report on."""
+        return range(FIRST_SEED, FIRST_SEED + self.seeds)
+
 
 SIZES: dict[Scale, _Size] = {
     "smoke": _Size(seeds=2, tuning_seeds=1, lrs=(0.1,), runs=2, steps=40, forgetting=(1, 3)),
     "cpu": _Size(
-        seeds=12, tuning_seeds=2, lrs=(0.02, 0.05, 0.1, 0.2), runs=10, steps=1500, forgetting=(3, 20)
+        seeds=12,
+        tuning_seeds=2,
+        lrs=(0.005, 0.02, 0.05, 0.1, 0.2, 0.4),
+        runs=10,
+        steps=1500,
+        forgetting=(3, 20),
     ),
 }
 
@@ -234,7 +245,7 @@ def _train(scale: Scale, noise: float, tell: Tell) -> _Outcome:
     """Train every arm on every split, each with the learning rate that is best for it on other splits."""
     size, arms = SIZES[scale], NOISY if noise else CLEAN
     splits = []
-    seeds = [*range(size.seeds), *range(TUNING_SEEDS, TUNING_SEEDS + size.tuning_seeds)]
+    seeds = [*size.splits, *range(TUNING_SEEDS, TUNING_SEEDS + size.tuning_seeds)]
     for number, seed in enumerate(seeds):
         tell(0.3 * number / len(seeds), f"scoring split {number + 1} of {len(seeds)}")
         splits.append(_split(seed, noise, size.runs))
@@ -392,7 +403,7 @@ def _compared(
         interval=intervals[last],
         figure=_curves(outcome, arms),
         table=_rows(outcome, arms),
-        seeds=range(SIZES[ctx.scale].seeds),
+        seeds=SIZES[ctx.scale].splits,
     )
 
 
@@ -435,8 +446,8 @@ def _noise(ctx: ClaimContext) -> ClaimResult:
     counts = [count for count in (1, 2, 5, 10) if count <= size.runs]
     areas: dict[str, list[list[float]]] = {"EL2N": []}
     grand = []
-    for seed in range(size.seeds):
-        ctx.progress(seed / size.seeds, f"scoring split {seed + 1} of {size.seeds} with wrong labels")
+    for number, seed in enumerate(size.splits):
+        ctx.progress(number / size.seeds, f"scoring split {number + 1} of {size.seeds} with wrong labels")
         split = _split(seed, WRONG, size.runs)
         areas["EL2N"].append([detection(split.runs[:count].mean(0), split.wrong) for count in counts])
         grand.append(detection(split.scores["grand"], split.wrong))
@@ -464,7 +475,7 @@ def _noise(ctx: ClaimContext) -> ClaimResult:
                 }
             ],
         },
-        seeds=range(size.seeds),
+        seeds=size.splits,
     )
 
 
@@ -473,7 +484,7 @@ def _agreement(ctx: ClaimContext) -> ClaimResult:
     from weightlab.tasks.models.mlp import MLP
 
     size = SIZES[ctx.scale]
-    splits = [_split(seed, 0.0, size.runs) for seed in range(size.seeds)]
+    splits = [_split(seed, 0.0, size.runs) for seed in size.splits]
 
     def to_el2n(score: str) -> list[float]:
         return [rank_correlation(split.scores["el2n"], split.scores[score]) for split in splits]
@@ -524,7 +535,7 @@ def _agreement(ctx: ClaimContext) -> ClaimResult:
         value=first["rank correlation"],
         interval=(first["low"], first["high"]),
         table=rows,
-        seeds=range(size.seeds),
+        seeds=size.splits,
     )
 
 
