@@ -166,8 +166,15 @@ _studies: dict[str, Study] = {}
 
 def study(ctx: ClaimContext) -> Study:
     """Train all encoders and maps of a scale; a second call in one process gets the same."""
-    if ctx.scale in _studies:
-        return _studies[ctx.scale]
+    from weightlab.papers._compatible_digits import one_thread
+
+    if ctx.scale not in _studies:
+        with one_thread():
+            _studies[ctx.scale] = _study(ctx)
+    return _studies[ctx.scale]
+
+
+def _study(ctx: ClaimContext) -> Study:
     import torch
 
     from weightlab.papers import _compatible_digits as digits
@@ -205,8 +212,7 @@ def study(ctx: ClaimContext) -> Study:
             maps = digits.fit(kind, report, lr=rate, steps=size.steps, generator=_generator(0))
             measures[name][arm] = digits.measure(maps, report, "test", target.classes)
             rates[name][arm] = rate
-    _studies[ctx.scale] = Study(measures, rates, time.perf_counter() - started)
-    return _studies[ctx.scale]
+    return Study(measures, rates, time.perf_counter() - started)
 
 
 def _generator(seed: int) -> torch.Generator:
@@ -329,7 +335,7 @@ def _bias(ctx: ClaimContext) -> ClaimResult:
 
 
 def _tolerance(ctx: ClaimContext) -> ClaimResult:
-    from weightlab.papers._compatible_digits import arrived
+    from weightlab.papers._compatible_digits import arrived, one_thread
 
     started = time.perf_counter()
     seeds, steps = SIZES[ctx.scale].arriving
@@ -337,7 +343,8 @@ def _tolerance(ctx: ClaimContext) -> ClaimResult:
     ends: dict[str, dict[float, Estimate]] = {}
     for number, gate in enumerate(gates):
         ctx.progress(number / len(gates), f"penalty gated by {gate}")
-        ends[gate] = {weight: estimate(arrived(gate, weight, seeds, steps)) for weight in weights}
+        with one_thread():
+            ends[gate] = {weight: estimate(arrived(gate, weight, seeds, steps)) for weight in weights}
     smooth = ends["sigmoid"].values()
     held = all(each.low > 1 - WITHIN and each.high < 1 + WITHIN for each in smooth)
     refuted = any(each.high < 1 - WITHIN or each.low > 1 + WITHIN for each in smooth)
