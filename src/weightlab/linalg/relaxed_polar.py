@@ -31,8 +31,8 @@ def relaxed_polar_factor(A: Tensor, tol: float, *, method: RelaxedPolarMethod = 
         A: Shape `(..., m, n)`, floating point. The leading dimensions are a batch.
         tol: At least 0; infinity for no limit.
         method: `"svd"`: to rounding for whatever A. `"polar"`: by the eigenvalues of the Gram matrix of the short side in
-            float64, which is quicker for matrices much longer than wide and on accelerators; good up to a condition number
-            of about 1e6, and zero on the null space of A.
+            float64, which is quicker for matrices much longer than wide; good up to a condition number of about 1e6, and
+            zero on the null space of A.
 
     Returns:
         Shape of A, at least float32. NaN for a matrix that holds NaN or infinity, without touching others.
