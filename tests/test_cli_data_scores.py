@@ -108,14 +108,14 @@ def test_retrains_at_several_fractions(run):
 def test_ctrl_c_keeps_runs_and_says_how_to_go_on(run, tmp_path, monkeypatch):
     run(*TASK, "--runs", "3", "--epochs", "1", "--force")
     whole = (tmp_path / "scores" / "scores.csv").read_text()
-    from weightlab.trial.scoring import display
+    from weightlab._progress import WorkBar
 
-    def stop(self, done, total, message):
+    def stop(self, message, done, total):
         if message == "run 3 of 3":
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(display.Display, "tell", stop)
+        patch.setattr(WorkBar, "tell", stop)
         code, out, err = run(*TASK, "--runs", "3", "--epochs", "1", "--force")
     assert (code, out) == (cli.INTERRUPTED, "")
     assert "2 of 3 runs are kept in scores; the same command with --resume goes on." in err
@@ -142,12 +142,12 @@ def test_resume_adds_runs_and_refuses_other_settings(run, tmp_path):
 
 
 def test_stopped_at_once_leaves_nothing(run, tmp_path, monkeypatch):
-    from weightlab.trial.scoring import display
+    from weightlab._progress import WorkBar
 
     def stop(self, *what):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(display.Display, "tell", stop)
+    monkeypatch.setattr(WorkBar, "tell", stop)
     code, _, err = run(*TASK, *QUICK)
     assert code == cli.INTERRUPTED
     assert "nothing is kept" in err

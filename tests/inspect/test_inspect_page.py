@@ -12,7 +12,7 @@ from rich.console import Console
 from weightlab.inspect import Layer, compare_checkpoints, layer_report, report_html
 from weightlab.inspect.binned_spectrum import BinnedSpectrum, bin_spectrum
 from weightlab.inspect.drawings import Curve, Point, Tail, profile_drawing, spectrum_drawing
-from weightlab.inspect.progress import WorkBar, layer_work
+from weightlab.inspect.spectrum_work import layer_work
 from weightlab.inspect.tables import report_table
 
 
@@ -219,31 +219,6 @@ def test_brackets_in_names_are_shown():
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "qkv[q]" in shown
     assert "[bold]" in shown
-
-
-def test_progress_by_work():
-    terminal = Console(force_terminal=True, width=100, file=io.StringIO())
-    with WorkBar(console=terminal) as bar:
-        bar.start(total=10.0, items=2)
-        bar.begin("first[0]")
-        bar.finish(8.0)
-        bar._bar.refresh()  # type: ignore[union-attr]
-    shown = terminal.file.getvalue()  # type: ignore[attr-defined]
-    assert "1/2 layers" in shown
-    assert "80 %" in shown
-    assert "first[0]" in shown
-
-
-def test_progress_without_a_terminal(monkeypatch):
-    plain, quiet = (Console(file=io.StringIO(), width=80) for _ in range(2))
-    monkeypatch.setattr("weightlab.inspect.progress._PLAIN_EVERY", 0.0)
-    for console in (plain, quiet):
-        with WorkBar(console=console, quiet=console is quiet) as bar:
-            bar.start(total=10.0, items=2)
-            bar.finish(8.0)
-            bar.say("word")
-    assert plain.file.getvalue() == "1/2 layers, 80 % of the work, 0 s\nword\n"  # type: ignore[attr-defined]
-    assert quiet.file.getvalue() == ""  # type: ignore[attr-defined]
 
 
 def test_work_is_that_of_the_matrices():

@@ -14,13 +14,13 @@ from typing import Any, Literal
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from weightlab._hub import first_line, hub_answers, local_copy
 from weightlab._lazy import require
+from weightlab._progress import WorkBar
 from weightlab.adapters._peft import (
     SAFETENSORS_WEIGHTS_NAME,
     Conv1D,
@@ -152,15 +152,8 @@ def command(
     """Run `merge_files` with a bar and warnings on a console; nothing of either if `quiet`."""
     from weightlab.adapters.finetune.model import quiet_libraries
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with quiet_libraries(), Progress(*columns, console=console, disable=quiet, transient=True) as bar:
-        row = bar.add_task("", total=None)
-        result = merge_files(
-            paths,
-            out,
-            tell=lambda what, done, total: bar.update(row, description=what, completed=done, total=total),
-            **settings,
-        )
+    with quiet_libraries(), WorkBar(console=console, quiet=quiet) as bar:
+        result = merge_files(paths, out, tell=bar.tell, **settings)
     if not quiet:
         for message in result["warnings"]:
             console.print(f"Warning: {message}", markup=False, highlight=False, soft_wrap=True)

@@ -98,8 +98,8 @@ def fit(
         tols = tuple(float(number) for number in names(tol))
     except ValueError:
         raise UsageError(f"--tol takes numbers by comma, e.g. 0.1,0.2, not {tol!r}") from None
+    from weightlab._progress import WorkBar
     from weightlab.merge import compat_files
-    from weightlab.merge.merge_display import MergeDisplay
 
     settings = compat_files.Settings(
         out=out, labels=labels, new_tensor=new_tensor, old_tensor=old_tensor, label_tensor=label_tensor, tols=tols,
@@ -107,7 +107,7 @@ def fit(
         force=force,
     )  # fmt: skip
     try:
-        with MergeDisplay(stderr, quiet=as_json) as display:
+        with WorkBar(console=stderr, quiet=as_json) as display:
             result = compat_files.fit_files(new, old, settings, tell=display.tell, command=command_line())
     except KeyboardInterrupt:
         raise Stopped("Stopped; nothing is lost, as nothing takes long: run it again.") from None
@@ -141,11 +141,11 @@ def apply(
 
     `weightlab compat apply to-old.safetensors index.npy --lift --out lifted.npy`
     """
+    from weightlab._progress import WorkBar
     from weightlab.merge import compat_files
-    from weightlab.merge.merge_display import MergeDisplay
 
     try:
-        with MergeDisplay(stderr, quiet=as_json) as display:
+        with WorkBar(console=stderr, quiet=as_json) as display:
             result = compat_files.apply_file(
                 adapter, embeddings, out, lift=lift, tensor=tensor, force=force, tell=display.tell
             )

@@ -121,7 +121,7 @@ def data_scores(
 
     `weightlab data-scores --data uoft-cs/cifar10:plain_text --image img --out cifar-scores --device cuda`
     """
-    from weightlab.trial.scoring.display import Display
+    from weightlab._progress import WorkBar
     from weightlab.trial.scoring.run import Settings, score_data, summary
 
     try:
@@ -134,7 +134,7 @@ def data_scores(
         batch_size=batch_size, lr=lr, seed=seed, device=device, show=show, retrain=shares, offset=offset, seeds=seeds,
         retrain_epochs=retrain_epochs,
     )  # fmt: skip
-    display = Display(quiet=as_json, console=stderr)
+    display = WorkBar(quiet=as_json, console=stderr)
     try:
         outcome = score_data(settings, resume=resume, force=force, display=display, command=command_line())
     except KeyboardInterrupt as error:

@@ -102,7 +102,7 @@ def inspect(
 
     `weightlab inspect ./base --compare ./fine-tuned --html changes.html`
     """
-    from weightlab.inspect.progress import WorkBar
+    from weightlab._progress import WorkBar
     from weightlab.inspect.reading import Settings, read
 
     settings = Settings(

@@ -148,10 +148,11 @@ def merge(
         raise UsageError(f"--scale is for task-arithmetic; {method.value} takes --weights or --lam")
     numbers = _numbers("--scale", scale) if adds else _numbers("--weights", weights)
 
+    from weightlab._progress import WorkBar
     from weightlab.cli.merge_inputs import bench
     from weightlab.merge.file_merge import merge_checkpoints
-    from weightlab.merge.merge_display import MergeDisplay, summary
     from weightlab.merge.merge_settings import Settings
+    from weightlab.merge.merge_summary import summary
 
     settings = Settings(
         method=method.value, weights=numbers, lam=lam, base=base, spec=spec, scheme=scheme.value, seed=seed,
@@ -159,7 +160,7 @@ def merge(
     )  # fmt: skip
     runs = method is Method.weights or any((model, task, data, input_shape, reset_batch_norm))
     try:
-        with MergeDisplay(stderr, quiet=as_json) as display:
+        with WorkBar(console=stderr, quiet=as_json) as display:
             given = None
             if runs:
                 display.tell("preparing the model", 0, 1)

@@ -16,6 +16,7 @@ from torch import Tensor
 import weightlab
 from weightlab._lazy import require
 from weightlab._pages.files import write_text
+from weightlab._progress import WorkBar
 from weightlab.exceptions import UsageError
 from weightlab.inspect.binned_spectrum import BinnedSpectrum, bin_spectrum
 from weightlab.inspect.checkpoint import Checkpoint
@@ -23,9 +24,9 @@ from weightlab.inspect.comparison import Comparison, make_comparison
 from weightlab.inspect.layer_changes import Change, ChangeRow, change_rows
 from weightlab.inspect.layer_pairs import pair_layers
 from weightlab.inspect.layers import Layer, walk_layers
-from weightlab.inspect.progress import WorkBar, layer_work
 from weightlab.inspect.report import LayerRow, Report, layer_rows, make_report
 from weightlab.inspect.spectrum import ConvView
+from weightlab.inspect.spectrum_work import layer_work
 from weightlab.inspect.unfinished import KeptRows
 
 Spectra = dict[str, BinnedSpectrum]
@@ -230,11 +231,11 @@ def _run(
     if len(todo) < total:
         bar.say(f"resuming: {total - len(todo)} of {total} layers are read")
     work = [layer_work(layer, settings.conv) for layer in todo]
-    bar.start(total=sum(work), items=len(todo))
-    for layer, share in zip(todo, work, strict=True):
-        bar.begin(layer.name)
+    done = 0.0
+    for index, (layer, share) in enumerate(zip(todo, work, strict=True)):
+        bar.tell(f"layer {index + 1} of {len(todo)}: {layer.name}", done, sum(work))
         kept.add(layer.name, _packed(pack(next(results))))
-        bar.finish(share)
+        done += share
 
 
 def _packed(value: Any) -> Any:

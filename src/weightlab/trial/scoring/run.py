@@ -16,12 +16,12 @@ from typing import Any, get_args
 import torch
 
 from weightlab._pages.files import write_text
+from weightlab._progress import WorkBar
 from weightlab.exceptions import UsageError, WeightlabError
 from weightlab.inspect.scored_data import DataScores, rank_correlation
 from weightlab.inspect.scoring import Score, data_scores
 from weightlab.tasks.digest import digest
 from weightlab.trial.report.export import dumps
-from weightlab.trial.scoring.display import Display
 from weightlab.trial.scoring.page import LIKELY, TITLES, WEAK, otherwise, page, verdict
 from weightlab.trial.scoring.retraining import Recipe, Retrained, retrain
 from weightlab.trial.scoring.sources import Source, data_source, task_source
@@ -150,7 +150,7 @@ def score_data(
     *,
     resume: bool = False,
     force: bool = False,
-    display: Display | None = None,
+    display: WorkBar | None = None,
     command: str = "",
 ) -> Outcome:
     """Score the examples of a task or of files, and write table, page and report.
@@ -170,7 +170,7 @@ def score_data(
         WeightlabError: If training diverges, or a file cannot be written.
         KeyboardInterrupt: If stopped; the message says how to go on.
     """
-    display = display or Display()
+    display = display or WorkBar()
     source = _source(settings)
     batch_size = settings.batch_size or source.batch_size or BATCH
     device = _device(settings.device)
@@ -285,7 +285,7 @@ def _claimed(out: Path, identity: Mapping[str, Any], *, resume: bool, force: boo
 
 
 def _scored(
-    settings: Settings, source: Source, batch_size: int, device: torch.device, runs: Path, display: Display
+    settings: Settings, source: Source, batch_size: int, device: torch.device, runs: Path, display: WorkBar
 ) -> dict[str, DataScores]:
     display.phase(
         f"scoring {len(source.labels):,} examples "
@@ -307,7 +307,7 @@ def _scored(
                 seed=settings.seed,
                 device=device,
                 folder=runs,
-                tell=display.tell,
+                tell=lambda done, total, what: display.tell(what, done, total),
             )
         except (ValueError, TypeError) as error:
             raise WeightlabError(str(error)) from error
@@ -320,7 +320,7 @@ def _retrained(
     batch_size: int,
     device: torch.device,
     out: Path,
-    display: Display,
+    display: WorkBar,
 ) -> list[Retrained]:
     if not settings.retrain:
         return []
@@ -338,7 +338,7 @@ def _retrained(
         seed=settings.seed,
         device=device,
         kept=out / f"retrained-{key}.jsonl",
-        tell=display.tell,
+        tell=lambda done, total, what: display.tell(what, done, total),
     )
 
 

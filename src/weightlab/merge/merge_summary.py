@@ -1,61 +1,11 @@
-"""What a merge of files shows on the terminal: its progress, and what came of it."""
+"""What came of a merge of files, in a few lines."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
-from types import TracebackType
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-
 from weightlab.merge.stored_weights import file_size
-
-_PLAIN_EVERY = 10.0
-
-
-class MergeDisplay:
-    """Shows steps of a merge on a console: a bar on a terminal, elsewhere a line about every 10 seconds.
-
-    Args:
-        console: Where to draw.
-        quiet: Show nothing.
-
-    Example:
-        >>> with MergeDisplay(Console(), quiet=True) as display:
-        ...     display.tell("writing", 1, 10)
-    """
-
-    def __init__(self, console: Console, *, quiet: bool = False) -> None:
-        self._console, self._quiet = console, quiet
-        self._bar: Progress | None = None
-        self._row = TaskID(0)
-        self._told = time.monotonic()
-
-    def __enter__(self) -> MergeDisplay:
-        if not self._quiet and self._console.is_terminal and not self._console.is_dumb_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-            self._bar = Progress(*columns, console=self._console, transient=True)
-            self._bar.start()
-            self._row = self._bar.add_task("", total=None)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def tell(self, what: str, done: int, total: int) -> None:
-        """Show what is being done, how many steps of it are done, and of how many."""
-        if self._bar is not None:
-            # One step of unknown length has a bar that runs to and fro.
-            self._bar.update(self._row, description=what, completed=done, total=total if total > 1 else None)
-        elif not self._quiet and time.monotonic() - self._told >= _PLAIN_EVERY:
-            self._told = time.monotonic()
-            steps = f" {done}/{total}" if total > 1 else ""
-            self._console.print(f"{what}{steps}", markup=False, highlight=False, soft_wrap=True)
 
 
 def summary(result: Mapping[str, Any]) -> str:
