@@ -66,6 +66,27 @@ def test_the_ends_are_polar_factor_and_identity(method, shape):
     assert torch.equal(layer(half), half)
 
 
+@pytest.mark.parametrize("shape", [(4, 4), (3, 5), (2, 5, 3)])
+def test_a_decomposition_that_does_not_converge_is_done_again(shape, monkeypatch):
+    W = gaussian(*shape, dtype=torch.float32)
+    expected, polar = relaxed_polar_factor(W, 0.3), polar_factor(W)
+    svd = torch.linalg.svd
+
+    def gives_up(A, full_matrices=True):
+        if A.dtype == torch.float32:
+            raise torch.linalg.LinAlgError("did not converge")
+        return svd(A, full_matrices=full_matrices)
+
+    monkeypatch.setattr(torch.linalg, "svd", gives_up)
+    found = relaxed_polar_factor(W, 0.3)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(polar_factor(W), polar)
+    W.requires_grad_()
+    relaxed_polar_factor(W, 0.3).square().sum().backward()
+    assert W.grad.isfinite().all()
+
+
 def test_matrices_of_a_batch_within_the_tolerance_stay_bit_for_bit():
     W = torch.stack([gaussian(4, 4), torch.eye(4, dtype=torch.float64) * 1.01])
     P = relaxed_polar_factor(W, 0.5)

@@ -142,7 +142,7 @@ def polar_factor(A: Tensor, method: PolarMethod = "svd") -> Tensor:
         raise ValueError(f'method must be "svd" or "eigh", got {method!r}')
     A, finite = zero_nonfinite(A)
     if method == "svd":
-        U, _, Vh = torch.linalg.svd(A, full_matrices=False)
+        U, _, Vh = thin_svd(A)
         polar = U @ Vh
     else:
         wide = A if A.size(-2) <= A.size(-1) else A.mT
@@ -191,6 +191,23 @@ def as_matrices(A: Tensor, name: str) -> Tensor:
     if A.ndim < 2:
         raise ValueError(f"{name} needs matrices of shape (..., m, n), got {tuple(A.shape)}")
     return A.to(torch.promote_types(A.dtype, torch.float32))
+
+
+def thin_svd(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`torch.linalg.svd` without full matrices, and once more where it does not converge.
+
+    LAPACK's divide and conquer gives up on some float32 matrices with all but equal singular values, as orthogonal ones after a
+    small step have. Transposed and in float64 they are no trouble.
+    """
+    if torch.compiler.is_compiling():
+        U, s, Vh = torch.linalg.svd(A, full_matrices=False)
+        return U, s, Vh
+    try:
+        U, s, Vh = torch.linalg.svd(A, full_matrices=False)
+    except torch.linalg.LinAlgError:
+        V, s, Uh = torch.linalg.svd(A.mT.double(), full_matrices=False)
+        U, s, Vh = Uh.mT.to(A.dtype), s.to(A.dtype), V.mT.to(A.dtype)
+    return U, s, Vh
 
 
 def zero_nonfinite(A: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from weightlab.linalg.orthogonal_factor import as_matrices, zero_nonfinite
+from weightlab.linalg.orthogonal_factor import as_matrices, thin_svd, zero_nonfinite
 from weightlab.linalg.orthogonality import orthogonality_deviation
 
 RelaxedPolarMethod = Literal["svd", "polar"]
@@ -79,7 +79,7 @@ class _RelaxedPolar(torch.autograd.Function):
     def forward(A: Tensor, tol: float, method: RelaxedPolarMethod) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         A, finite = zero_nonfinite(A)
         if method == "svd":
-            U, s, Vh = torch.linalg.svd(A, full_matrices=False)
+            U, s, Vh = thin_svd(A)
         else:
             U, s, Vh = _triples_by_gram(A)
         kept, _ = _kept(s, tol)
