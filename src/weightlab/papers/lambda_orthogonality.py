@@ -65,7 +65,7 @@ NOTE, HARD = "5 classes", "3 classes"
 # Classes that the old encoder knows, and its weight decay. The second is the harder to reach by rotations: few directions.
 TARGETS = {NOTE: (5, 0.01), HARD: (3, 1.0)}
 RATES = (1e-5, 1e-4, 1e-3, 3e-3, 1e-2, 3e-2)
-# The first range of rates ended where rotations were still gaining; the wider one has seeds not used before.
+# Encoders are drawn from these seeds on.
 FIRST_SEED, FIRST_TUNING_SEED = 100, 2000
 DROP = GAIN = 0.005
 GRAM = 0.1
