@@ -204,7 +204,7 @@ def thin_svd(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return U, s, Vh
     try:
         U, s, Vh = torch.linalg.svd(A, full_matrices=False)
-    except torch.linalg.LinAlgError:
+    except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
         V, s, Uh = torch.linalg.svd(A.mT.double(), full_matrices=False)
         U, s, Vh = Uh.mT.to(A.dtype), s.to(A.dtype), V.mT.to(A.dtype)
     return U, s, Vh
