@@ -358,7 +358,10 @@ class TestHtml:
         script = re.search(r"<script>(.*?)</script>", text, flags=re.DOTALL)
         assert script is not None
         digest = base64.b64encode(hashlib.sha256(script.group(1).encode()).digest()).decode()
-        assert f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'" in text
+        assert (
+            f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+            in text
+        )
 
     def test_several_tasks_with_a_profile_and_equal_bytes_each_time(self):
         reports = [SMALL, replace(SMALL, task="digits-mlp")]
