@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import json
 import math
 import os
@@ -19,11 +17,10 @@ from rich.table import Table
 from torch import Tensor
 
 from weightlab._lazy import require
-from weightlab._pages.files import write_text
 from weightlab.inspect.checkpoint import Checkpoint, Source
 from weightlab.inspect.layer_changes import Change, ChangeRow, change_rows
 from weightlab.inspect.layer_pairs import Pairing, pair_layers
-from weightlab.inspect.numbers import plain, shown
+from weightlab.inspect.numbers import csv_text, json_text, shown
 from weightlab.inspect.report import Report, Tell, make_report
 from weightlab.inspect.spectrum import ConvView
 from weightlab.inspect.tables import Column, fitting_table
@@ -135,24 +132,20 @@ class Comparison(JupyterMixin):
             "new_flags": self.new_flags,
             "rows": [dataclasses.asdict(row) for row in self.rows],
         }
-        text = json.dumps(plain(content), indent=2, allow_nan=False) + "\n"
-        if path is not None:
-            write_text(path, text)
-        return text
+        return json_text(content, path)
 
     def to_csv(self, path: str | os.PathLike[str] | None = None) -> str:
         """Return the rows as CSV, one column an attribute, empty where there is no number; write it to `path` if given."""
-        text = io.StringIO()
         columns = [column.name for column in dataclasses.fields(ChangeRow)]
-        writer = csv.DictWriter(text, columns, lineterminator="\n")
-        writer.writeheader()
-        for row in self.rows:
-            values = plain(dataclasses.asdict(row))
-            values |= {"shape": "x".join(map(str, row.shape)), "rows": "->".join(map(str, row.rows or ()))}
-            writer.writerow({name: "" if value is None else value for name, value in values.items()})
-        if path is not None:
-            write_text(path, text.getvalue())
-        return text.getvalue()
+        rows = (
+            {
+                **dataclasses.asdict(row),
+                "shape": "x".join(map(str, row.shape)),
+                "rows": "->".join(map(str, row.rows or ())),
+            }
+            for row in self.rows
+        )
+        return csv_text(columns, rows, path)
 
 
 def compare_checkpoints(

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
-import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,11 +16,10 @@ from rich.table import Table
 from torch import Tensor
 
 from weightlab._lazy import require
-from weightlab._pages.files import write_text
 from weightlab.inspect.checkpoint import Checkpoint, Source
 from weightlab.inspect.erg import erg_count
 from weightlab.inspect.layers import Layer, walk_layers
-from weightlab.inspect.numbers import plain
+from weightlab.inspect.numbers import csv_text, json_text
 from weightlab.inspect.power_law import fit_power_law
 from weightlab.inspect.randomized import RandomizedControl, randomized_control
 from weightlab.inspect.spectrum import SLICE_FACTOR, ConvView, Normalization, esd
@@ -198,24 +194,16 @@ class Report(JupyterMixin):
             "flags": {flag: list(names) for flag, names in self.flags.items()},
             "rows": [dataclasses.asdict(row) for row in self.rows],
         }
-        text = json.dumps(plain(content), indent=2, allow_nan=False) + "\n"
-        if path is not None:
-            write_text(path, text)
-        return text
+        return json_text(content, path)
 
     def to_csv(self, path: str | os.PathLike[str] | None = None) -> str:
         """Return the rows as CSV, one column an attribute, empty where there is no number; write it to `path` if given."""
-        text = io.StringIO()
-        names = [column.name for column in dataclasses.fields(LayerRow)]
-        writer = csv.DictWriter(text, names, lineterminator="\n")
-        writer.writeheader()
-        for row in self.rows:
-            values = plain(dataclasses.asdict(row))
-            values |= {"shape": "x".join(map(str, row.shape)), "flags": " ".join(row.flags)}
-            writer.writerow({name: "" if value is None else value for name, value in values.items()})
-        if path is not None:
-            write_text(path, text.getvalue())
-        return text.getvalue()
+        columns = [column.name for column in dataclasses.fields(LayerRow)]
+        rows = (
+            {**dataclasses.asdict(row), "shape": "x".join(map(str, row.shape)), "flags": " ".join(row.flags)}
+            for row in self.rows
+        )
+        return csv_text(columns, rows, path)
 
 
 def layer_report(
